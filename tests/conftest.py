@@ -1,0 +1,41 @@
+"A clone of the project that a test may run and break."
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def sh(cwd, command, ok=True):
+    "Run a shell command in a clone, with the clone's own semmae; what it printed and its exit code"
+    env = {**os.environ, 'PYTHONPATH': str(cwd), 'MPLBACKEND': 'agg', 'GIT_AUTHOR_NAME': 'a test', 'GIT_AUTHOR_EMAIL': 'test@example.org',
+           'GIT_COMMITTER_NAME': 'a test', 'GIT_COMMITTER_EMAIL': 'test@example.org'}
+    done = subprocess.run(command, shell=True, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0 or not ok, f'{command}\n{done.stdout}'
+    return done
+
+
+def wait_for(condition, seconds=60):
+    "Return once `condition` holds; fail when it never does"
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, 'waited in vain'
+        os.sched_yield()
+
+
+@pytest.fixture(scope='session')
+def project(tmp_path_factory):
+    "A clone at the profile `smoke`, data pulled: the pipeline's tests share it and leave it as they found it"
+    path = tmp_path_factory.mktemp('clone')
+    for f in sh(ROOT, 'git ls-files -co --exclude-standard').stdout.splitlines():
+        if (ROOT/f).is_file():
+            (path/f).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT/f, path/f)
+    params = path/'params.yaml'
+    params.write_text(params.read_text().replace('profile: tiny', 'profile: smoke', 1))
+    sh(path, 'git init -q && git add -A && git commit -qm start && dvc pull -q data')
+    return path

@@ -1,0 +1,103 @@
+"Crops and their part maps, against Pillow and against the image itself."
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from PIL import Image, ImageOps
+
+from semmae.core import SemmaeError, generator
+from semmae.data import crop, crop_parts, load_images, random_boxes, resize_weights
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.tuples(st.integers(5, 40), st.integers(5, 40)), st.tuples(st.integers(3, 40), st.integers(3, 40)), st.integers(0, 10**6))
+def test_crop_is_pillows(frame, size, seed):
+    gen = generator(seed)
+    x = torch.randint(0, 256, (3, 3, *frame), generator=gen, dtype=torch.uint8)
+    boxes, flips = random_boxes(3, gen, frame), torch.tensor([True, False, True])
+    for img, (t, l, h, w), flip, ours in zip(x, boxes.double().tolist(), flips, crop(x, boxes, flips, size)):
+        box = (l*frame[1], t*frame[0], min((l+w)*frame[1], frame[1]), min((t+h)*frame[0], frame[0]))
+        peer = Image.fromarray(img.permute(1, 2, 0).numpy()).resize(size[::-1], Image.BILINEAR, box=box)
+        peer = torch.tensor(np.array(ImageOps.mirror(peer) if flip else peer)).permute(2, 0, 1)
+        assert (ours - peer).abs().max() < 1.6  # Pillow rounds to bytes after each of its two passes
+
+
+@settings(deadline=None)
+@given(st.integers(1, 50), st.integers(1, 50), st.floats(0, .8), st.floats(.05, .2), st.sampled_from(['linear', 'area']))
+def test_weights_are_means(n_in, n_out, start, length, kernel):
+    w = resize_weights(torch.tensor([start]), torch.tensor([length]), n_in, n_out, kernel)
+    assert w.shape == (1, n_out, n_in) and (w >= 0).all()
+    assert torch.allclose(w.sum(-1), torch.ones(1, n_out), atol=1e-5)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10**6), st.tuples(st.integers(8, 64), st.integers(8, 64)))
+def test_boxes_lie_in_the_frame(seed, frame):
+    boxes = random_boxes(200, generator(seed), frame, scale=(.2, 1.))
+    top, left, h, w = boxes.unbind(1)
+    assert (boxes >= 0).all() and (top + h <= 1 + 1e-6).all() and (left + w <= 1 + 1e-6).all()
+    drawn = (h < 1) | (w < 1)  # the others fell back to the whole frame
+    area, aspect = (h*w)[drawn], (w*frame[1]/(h*frame[0]))[drawn]
+    assert (area >= .2 - 1e-5).all() and (aspect >= 3/4 - 1e-4).all() and (aspect <= 4/3 + 1e-4).all()
+
+
+@pytest.mark.parametrize('frame, stored, grid', [((64, 64), (16, 16), (8, 8)), ((48, 96), (24, 24), (6, 12)), ((64, 64), (28, 28), (8, 8))])
+def test_part_maps_follow_the_image(frame, stored, grid):
+    """Maps painted from the image itself: after any crop and flip the label is the one whose colour lies under it.
+
+    The image is two flat halves, so the label of a patch is known wherever the edge does not cross it."""
+    n = 64
+    gen = generator('edge')
+    edge = torch.rand(n, generator=gen)*.8 + .1
+    at = lambda cells: (torch.arange(cells) + .5)/cells
+    imgs = (at(frame[1])[None] > edge[:, None]).float()[:, None, None].expand(-1, 3, frame[0], -1)
+    maps = (at(stored[1])[None] > edge[:, None]).long()[:, None].expand(-1, stored[0], -1)
+    boxes, flips = random_boxes(n, gen, frame), torch.rand(n, generator=gen) < .5
+    pixels = crop(imgs*255, boxes, flips, grid, 'area').mean(1)/255
+    labels = crop_parts(maps, boxes, flips, grid, 2)
+    slack = 1.5/stored[1]/boxes[:, 3]*grid[1]  # the stored map's own cells, in cells of the result
+    clear = (pixels < .02) | (pixels > .98)
+    near_edge = torch.nn.functional.max_pool2d((~clear).float()[:, None], (1, 3), 1, (0, 1))[:, 0].bool()
+    wrong = ((pixels > .5).long() != labels)
+    assert wrong[clear & ~near_edge].float().mean() <= .01*slack.max()
+    shifted = crop_parts(maps, boxes + boxes.new_tensor([0, .5/grid[1], 0, 0])*boxes[:, 3:], flips, grid, 2)
+    assert ((pixels > .5).long() != shifted).float().mean() > 1.5*wrong.float().mean(), 'the test cannot see half a cell'
+
+
+def picture(path, size=(12, 10)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new('RGB', size, 'red').save(path)
+
+
+def test_folder_without_labels(tmp_path):
+    for i in range(20): picture(tmp_path/f'{i}.png')
+    train, val, test = load_images(tmp_path, size=(8, 8))
+    assert (len(train), len(val), len(test)) == (16, 2, 2) and not train.targets and train.parts is None
+
+
+def test_grey_images(tmp_path):
+    for i in range(20): picture(tmp_path/f'{i}.png')
+    assert load_images(tmp_path, size=(8, 8), channels=1)[0].images.shape == (16, 1, 8, 8)
+
+
+def test_mnist_through_timm(tmp_path, monkeypatch):
+    "A dataset that timm knows by name, already on disk"
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    raw = tmp_path/'semmae'/'MNIST'/'raw'
+    raw.mkdir(parents=True)
+    for name, n in (('train', 100), ('t10k', 20)):
+        head = lambda magic, *dims: b''.join(int(v).to_bytes(4, 'big') for v in (magic, *dims))
+        for suffix in ('', '.gz'):
+            (raw/f'{name}-images-idx3-ubyte{suffix}').write_bytes(head(2051, n, 28, 28) + bytes(n*784))
+            (raw/f'{name}-labels-idx1-ubyte{suffix}').write_bytes(head(2049, n) + bytes(i % 10 for i in range(n)))
+    train, val, test = load_images('torch/mnist', size=(28, 28), channels=1)
+    assert (len(train), len(val), len(test)) == (90, 10, 20)
+    assert torch.bincount(train.targets['class']).tolist() == [9]*10
+
+
+@pytest.mark.parametrize('source, says', [
+    ('nowhere', 'there is no'), ('data', 'dvc pull data'), ('torch/no-such-set', 'timm cannot open'), ('hfds/no/such', 'timm cannot open')])
+def test_bad_sources(source, says, tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    with pytest.raises(SemmaeError, match=says): load_images(source, root=tmp_path, size=(8, 8))

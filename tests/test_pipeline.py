@@ -1,0 +1,169 @@
+"The pipeline as a user meets it: in a clone, at the profile `smoke`, through the commands of the README."
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import sh, wait_for
+
+RESULTS = ['runs/pretrain/encoder.safetensors', 'runs/pretrain/loss.csv', 'runs/pretrain/loss.png', 'runs/metrics/probe.json', 'runs/report/index.html']
+
+
+@pytest.fixture(scope='module')
+def done(project):
+    "The clone after `dvc repro`, and what that printed"
+    out = sh(project, 'dvc repro').stdout
+    sh(project, 'git add -A && git commit -qm smoke')
+    return project, out
+
+
+def stages_of(out):
+    "The stages that DVC said it runs"
+    return re.findall(r"Running stage '(\w+)'", out)
+
+
+def would_run(project):
+    "The stages that have changed themselves; what depends on them is not among these"
+    return stages_of(sh(project, 'dvc repro --dry').stdout)
+
+
+def restore(project):
+    "The clone as it was committed, its results back in place"
+    sh(project, 'git checkout -q . && dvc checkout -q --force')
+    assert would_run(project) == []
+
+
+def set_param(project, old, new):
+    text = (project/'params.yaml').read_text()
+    assert old in text
+    (project/'params.yaml').write_text(text.replace(old, new, 1))
+
+
+def test_repro_makes_everything_and_says_how_far_it_is(done):
+    project, out = done
+    for f in RESULTS: assert (project/f).stat().st_size > 0, f
+    assert re.search(r'epoch 3/3  loss \d\.\d+  \d+ images/s  0:00 left', out)
+    assert stages_of(out) == ['exported', 'pretrain', 'probe', 'report']
+    scores = json.loads((project/'runs/metrics/probe.json').read_text())
+    assert scores['split'] == 'test' and 0 < scores['mae']['linear']['class'] < 1
+
+
+def test_nothing_runs_twice(done):
+    assert 'up to date' in sh(done[0], 'dvc repro').stdout
+
+
+def test_report_is_one_page(done):
+    page = (done[0]/'runs/report/index.html').read_text()
+    assert page.count('<img src="data:image/png;base64,') == 2 and 'http' not in page
+    assert 'smoke run' in page and 'linear probe' in page
+
+
+def test_a_parameter_of_another_profile_reruns_nothing(done):
+    set_param(done[0], 'epochs: 22', 'epochs: 23')
+    assert would_run(done[0]) == []
+    restore(done[0])
+
+
+def test_other_profiles_are_whole(done):
+    "`dvc exp run -S profile=cifar10` and `tiny` find every parameter they need"
+    for profile in yaml.safe_load((done[0]/'params.yaml').read_text())['profiles']:
+        set_param(done[0], 'profile: smoke', f'profile: {profile}')
+        assert would_run(done[0]) == ([] if profile == 'smoke' else ['pretrain', 'probe', 'report'])
+        restore(done[0])
+
+
+def test_unknown_profile(done):
+    set_param(done[0], 'profile: smoke', 'profile: huge')
+    out = sh(done[0], 'dvc repro', ok=False)
+    assert out.returncode != 0 and 'profiles.huge' in out.stdout
+    restore(done[0])
+
+
+def test_comparing_runs(done):
+    "An experiment from the command line, and what it changed"
+    project, _ = done
+    out = sh(project, 'dvc exp run -S profiles.smoke.pretrain.mask_ratio=0.5').stdout
+    assert stages_of(out) == ['pretrain', 'probe', 'report'], 'one parameter of one stage: that stage and what depends on it'
+    assert 'mask_ratio' in sh(project, 'dvc params diff').stdout
+    assert 'loss' in sh(project, 'dvc metrics diff').stdout
+    assert 'linear' in sh(project, 'dvc metrics show').stdout
+    sh(project, 'dvc plots diff -o plots')
+    page = (project/'plots/index.html').read_text()
+    assert page.count('<img') >= 2
+    shutil.rmtree(project/'plots')
+    restore(project)
+
+
+def test_forgotten_export(done):
+    project, _ = done
+    nb = project/'nbs/05_masking.ipynb'
+    edited = nb.read_text().replace('Hide patches uniformly at random', 'Hide patches at random')
+    assert edited != nb.read_text()
+    nb.write_text(edited)
+    out = sh(project, 'dvc repro', ok=False)
+    assert out.returncode != 0
+    assert 'exported: semmae/masking.py differs from its notebook: run `nbdev_export`, and `dvc repro` again' in out.stdout
+    assert 'Traceback' not in out.stdout and "Running stage 'pretrain'" not in out.stdout
+    restore(project)
+
+
+@pytest.mark.parametrize('old, new, says', [
+    ('patch_size: 8, embed_dim: 64', 'patch_size: 7, embed_dim: 64', 'pretrain: images of 64×64 cannot be cut into patches of 7'),
+    ('name: vit_tiny_patch16_224', 'name: vit_tinny', "pretrain: timm has no model 'vit_tinny'"),
+    ('masking: random', 'masking: rnd', "pretrain: there is no masking strategy 'rnd'"),
+    ('batch: 64', 'batch: 640', 'pretrain: a batch of 640 is more than the 280 training images'),
+    ('source: data', 'source: nowhere', 'there is no'),
+])
+def test_a_mistake_is_one_sentence(done, old, new, says):
+    project, _ = done
+    set_param(project, old, new)
+    out = sh(project, 'dvc repro', ok=False)
+    assert out.returncode != 0 and says in out.stdout and 'Traceback' not in out.stdout
+    assert (project/'dvc.lock').read_text() == sh(project, 'git show HEAD:dvc.lock').stdout
+    restore(project)
+
+
+def test_data_not_pulled(done):
+    "DVC itself stops `dvc repro` and names the file; a stage started by itself says what to do"
+    project, _ = done
+    (project/'data').rename(project/'elsewhere')
+    whole, stage = sh(project, 'dvc repro', ok=False), sh(project, 'semmae-stage pretrain', ok=False)
+    (project/'elsewhere').rename(project/'data')
+    assert whole.returncode != 0 and "'data.dvc': missing data" in whole.stdout
+    assert stage.returncode != 0 and stage.stdout.endswith('pretrain: the demo images are not here: run `dvc pull data`\n')
+    restore(project)
+
+
+def alive(project):
+    "Processes that work in the clone"
+    found = []
+    for p in Path('/proc').glob('[0-9]*'):
+        try: cwd, command = os.readlink(p/'cwd'), (p/'cmdline').read_text()
+        except OSError: continue
+        if cwd.startswith(str(project)) and ('semmae' in command or 'ipykernel' in command or 'dvc' in command): found.append(command)
+    return found
+
+
+@pytest.mark.parametrize('how', [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_run_leaves_nothing_half_done(done, how):
+    project, _ = done
+    lock = (project/'dvc.lock').read_text()
+    set_param(project, 'epochs: 3', 'epochs: 3000')
+    log = project/'runs/log'
+    env = {**os.environ, 'PYTHONPATH': str(project)}
+    with open(log, 'w') as f: run = subprocess.Popen(['dvc', 'repro'], cwd=project, env=env, stdout=f, stderr=f, start_new_session=True)
+    wait_for(lambda: 'epoch 2/' in log.read_text())
+    if how == signal.SIGINT: os.killpg(run.pid, how)  # Ctrl-C reaches the whole foreground group
+    else: run.send_signal(how)
+    run.wait()
+    wait_for(lambda: not alive(project))
+    assert (project/'dvc.lock').read_text() == lock
+    assert not [f for f in RESULTS[:3] if (project/f).exists()]
+    log.unlink()
+    restore(project)

@@ -1,0 +1,73 @@
+"Every command of the README runs. (Its first two are what CI runs: .ci/run takes the second from the README itself.)"
+import os
+import re
+import signal
+import socket
+import subprocess
+import urllib.error
+import urllib.request
+
+import pytest
+import torch
+from PIL import Image
+from conftest import ROOT, sh, wait_for
+
+README = (ROOT/'README.md').read_text()
+BASH = [line.split('#')[0].strip() for block in re.findall(r'```bash\n(.*?)```', README, re.S) for line in block.splitlines() if line.strip()]
+PYTHON = re.findall(r'```python\n(.*?)```', README, re.S)
+SETUP = "python3 -m venv .venv && . .venv/bin/activate && pip install -e '.[dev]' && dvc pull data && "
+
+
+def small(command):
+    "The same command for the small profile that the clone is at"
+    return command.replace('profiles.tiny', 'profiles.smoke')
+
+def test_the_two_commands():
+    assert BASH[:2] == [SETUP + 'dvc repro', SETUP + 'nbdev_test && pytest']
+    run = (ROOT/'.ci/run').read_text()
+    assert 'README.md' in run and "endswith('pytest')" in run
+
+SHORT = [c for c in BASH[2:] if not c.startswith(('jupyter', 'nbdev_test'))]
+
+@pytest.mark.parametrize('command', SHORT)
+def test_command(project, command, tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    if 'photos' in command:
+        (tmp_path/'photos').mkdir()
+        for i in range(100): Image.new('RGB', (70, 64), (i, 2*i, 255-i)).save(tmp_path/'photos'/f'{i}.jpg')
+        command += ' -S profiles.smoke.pretrain.batch=16'
+    if 'cifar10' in command:  # needs the network: that DVC finds every stage and parameter is what can be shown here
+        command = 'sed -i "s/^profile: smoke/profile: cifar10/" params.yaml && dvc repro --dry'
+    sh(project, small(command))
+    if 'photos' in command: assert 'no classes' in (project/'runs/report/index.html').read_text()
+    sh(project, 'git checkout -q . && git clean -qfd && dvc checkout -q --force data')
+
+def test_jupyterlab_opens(project):
+    command = next(c for c in BASH if c.startswith('jupyter'))
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    lab = subprocess.Popen([*command.split(), '--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}', '--IdentityProvider.token=test'],
+                           cwd=project, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    def answer(page):
+        try: return urllib.request.urlopen(f'http://127.0.0.1:{port}/{page}?token=test', timeout=30).read()
+        except urllib.error.URLError: return None
+    try:
+        wait_for(lambda: answer('lab'))
+        assert b'# core' in answer('api/contents/00_core.ipynb')
+    finally: os.killpg(lab.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize('code', PYTHON, ids=['library', 'strategy'])
+def test_python(project, code, tmp_path):
+    (tmp_path/'example.py').write_text(code)
+    out = sh(project, f'python {tmp_path}/example.py').stdout
+    if 'score' in code: assert "'linear'" in out
+
+def test_a_new_strategy_is_found_by_its_name():
+    from semmae.masking import STRATEGIES, find_strategy
+    try:
+        exec(PYTHON[1], {})
+        keep, hidden = find_strategy('left')(torch.zeros(2, 2, 4), .75, None)
+        assert hidden.tolist() == [[0, 1, 2, 3, 4, 5]]*2
+    finally: STRATEGIES.pop('left', None)

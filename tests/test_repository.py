@@ -1,0 +1,92 @@
+"What a contributor can forget: exporting, cleaning, a stage's parameters, a stage's dependencies."
+import ast
+import shutil
+import subprocess
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from execnb.nbio import read_nb
+
+from semmae.stage import stale_modules
+
+ROOT = Path(__file__).parent.parent
+STAGES = sorted(ROOT.glob('nbs/pipeline/*.ipynb'))
+name = lambda p: str(p.relative_to(ROOT))
+
+
+def test_modules_are_what_the_notebooks_say():
+    assert stale_modules(ROOT) == []
+    modules = {p.name for p in ROOT.glob('semmae/*.py')} - {'__init__.py', '_modidx.py'}
+    exported = {line.split()[-1] + '.py' for nb in ROOT.glob('nbs/*.ipynb') for c in read_nb(nb).cells
+                for line in c.source.splitlines() if line.startswith('#| default_exp')}
+    assert modules == exported, 'a module without a notebook'
+
+
+def test_notebooks_are_clean(tmp_path):
+    "`nbdev_clean` would change nothing"
+    shutil.copy(ROOT/'settings.ini', tmp_path)
+    shutil.copytree(ROOT/'nbs', tmp_path/'nbs', ignore=shutil.ignore_patterns('.ipynb_checkpoints'))
+    subprocess.run(['nbdev_clean'], cwd=tmp_path, check=True)
+    dirty = [name(p) for p in ROOT.glob('nbs/**/[!.]*.ipynb') if p.read_text() != (tmp_path/p.relative_to(ROOT)).read_text()]
+    assert not dirty, f'run `nbdev_clean`: {dirty}'
+
+
+@pytest.mark.parametrize('path', STAGES, ids=name)
+def test_stage_has_parameters_and_no_outputs(path):
+    cells = nbformat.read(path, 4).cells
+    assert sum('parameters' in c.metadata.get('tags', []) for c in cells) == 1
+    assert not any(c.get('outputs') for c in cells)
+
+
+def imports(source):
+    "Modules of semmae that some Python source imports"
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            if node.level: yield node.module
+            elif (node.module or '').startswith('semmae.'): yield node.module.split('.')[1]
+
+
+def reachable(source):
+    "The same, with what those modules import"
+    found, todo = set(), set(imports(source))
+    while todo:
+        found.add(module := todo.pop())
+        todo |= set(imports((ROOT/f'semmae/{module}.py').read_text())) - found
+    return found
+
+
+@pytest.mark.parametrize('path', STAGES, ids=name)
+def test_stage_depends_on_the_modules_it_uses(path):
+    "A module missing from a stage's deps would leave stale results; one too many would rerun it for nothing"
+    source = '\n'.join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'code')
+    deps = yaml.safe_load((ROOT/'dvc.yaml').read_text())['stages'][path.stem]['deps']
+    if 'semmae' in deps: return
+    assert {d for d in deps if d.startswith('semmae/')} == {f'semmae/{m}.py' for m in reachable(source)}
+    assert name(path) in deps
+
+
+def test_nothing_else_at_the_top():
+    files = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split('\n')
+    top = {f.split('/')[0] for f in files if f and not f.startswith('.')}
+    assert top <= {'nbs', 'semmae', 'tests', 'runs', 'data.dvc', 'dvc.yaml', 'dvc.lock', 'params.yaml', 'settings.ini', 'pyproject.toml',
+                   'README.md', 'LICENSE'}
+
+
+def test_settings_are_read():
+    "The version in settings.ini is the package's"
+    from configparser import ConfigParser
+    import semmae
+    settings = ConfigParser()
+    settings.read(ROOT/'settings.ini')
+    assert settings['DEFAULT']['version'] == semmae.__version__
+
+
+def test_library_needs_no_development_tool():
+    "Nothing that the library imports when it loads comes from the extra `dev`"
+    dev = {'nbdev', 'dvc', 'papermill', 'jupyterlab', 'ipykernel', 'fastcore', 'execnb', 'pytest', 'hypothesis', 'robohash', 'IPython'}
+    for path in ROOT.glob('semmae/[!_]*.py'):
+        for node in ast.parse(path.read_text()).body:
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert not {n.split('.')[0] for n in names if n} & dev, path
