@@ -6,13 +6,13 @@
 __all__ = ['SemmaeError', 'check', 'read_params', 'generator', 'best_device', 'device_name', 'grid_size', 'patchify',
            'unpatchify', 'atomic', 'write_json', 'read_json', 'write_csv', 'read_csv', 'save_figure', 'file_hash']
 
-# %% ../nbs/00_core.ipynb #b885694a
-import contextlib, csv, hashlib, json, os
+# %% ../nbs/00_core.ipynb #1ee1416b
+import contextlib, csv, hashlib, json, os, re
 from pathlib import Path
 
 import torch, yaml
 
-# %% ../nbs/00_core.ipynb #45badf4d
+# %% ../nbs/00_core.ipynb #962359d8
 class SemmaeError(Exception):
     "Something a user can mend: the message says what, where and what to do"
 
@@ -20,25 +20,31 @@ def check(ok, message):
     "Raise `message` as a `SemmaeError` unless `ok`"
     if not ok: raise SemmaeError(message)
 
-# %% ../nbs/00_core.ipynb #336fd306
+# %% ../nbs/00_core.ipynb #fe5dd4cc
+class _Loader(yaml.SafeLoader): "YAML that reads 1e-3 as a number, as DVC does"
+_Loader.add_implicit_resolver('tag:yaml.org,2002:float', re.compile(r'[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$'), list('-+.0123456789'))
+
 def read_params(path,          # params.yaml
                 profile=None): # a block under `profiles:`; None: the one that `profile:` names
     "One profile of a params.yaml as a dict"
-    check(Path(path).is_file(), f"{path} is missing: run from the project's folder")
-    params = yaml.safe_load(Path(path).read_text())
-    profile = profile or params['profile']
+    path = Path(path).resolve()
+    check(path.is_file(), f"{path} is missing: run from the project's folder")
+    try: params = yaml.load(path.read_text(), _Loader)
+    except yaml.YAMLError as e: raise SemmaeError(f"{path} is not valid YAML: mend {str(e.problem_mark).strip()}") from e
+    check(isinstance(params, dict) and params.get('profiles'), f"{path} has no `profiles`: restore it with git")
+    profile = profile or params.get('profile')
     known = ', '.join(params['profiles'])
-    check(profile in params['profiles'], f"{path} has no profile {profile!r}: set `profile` to one of {known}")
+    check(params['profiles'].get(profile), f"{path} has no profile {profile!r}: set `profile` to one of {known}")
     return dict(params['profiles'][profile], profile=profile)
 
-# %% ../nbs/00_core.ipynb #3d1fae00
+# %% ../nbs/00_core.ipynb #3e1d9e58
 def generator(*key,           # seed, purpose, step …: anything with a plain repr
               device='cpu'):
     "A torch generator that is a function of `key` alone"
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, 'big') >> 1)
 
-# %% ../nbs/00_core.ipynb #a57dbd23
+# %% ../nbs/00_core.ipynb #845d5466
 def best_device():
     "The first GPU where there is one, else the CPU"
     return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
@@ -48,13 +54,13 @@ def device_name(device):
     device = torch.device(device)
     return torch.cuda.get_device_name(device) if device.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
 
-# %% ../nbs/00_core.ipynb #d8a14a87
+# %% ../nbs/00_core.ipynb #03dbd23a
 def grid_size(size,   # (height, width) of the images
               patch): # side of a patch
     "Rows and columns of patches; the patch must divide the image"
     h, w = size
-    check(h % patch == 0 and w % patch == 0,
-          f"images of {h}×{w} cannot be cut into patches of {patch}: choose `image` as a multiple of `patch`")
+    check(patch > 0 and h % patch == 0 and w % patch == 0,
+          f"images of {h}×{w} cannot be cut into patches of {patch}: choose `data.size` as a multiple of `encoder.patch_size`")
     return h//patch, w//patch
 
 def patchify(imgs,   # (B,C,H,W)
@@ -72,7 +78,7 @@ def unpatchify(x,      # (B,L,patch²·C)
     x = x.reshape(len(x), h, w, patch, patch, -1)
     return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, *size)
 
-# %% ../nbs/00_core.ipynb #327ca091
+# %% ../nbs/00_core.ipynb #96a3bdce
 @contextlib.contextmanager
 def atomic(path):
     "A temporary path that becomes `path` when the block ends well, and goes away when it does not"
@@ -93,7 +99,9 @@ def write_json(path, data):
         return [tidy(v) for v in x] if isinstance(x, (list, tuple)) else x
     with atomic(path) as tmp: tmp.write_text(json.dumps(tidy(data), indent=1, ensure_ascii=False) + '\n')
 
-def read_json(path): return json.loads(Path(path).read_text())
+def read_json(path):
+    "What a JSON file holds"
+    return json.loads(Path(path).read_text())
 
 def write_csv(path, rows):
     "A list of dicts as a CSV file, atomically"

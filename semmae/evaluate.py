@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['features', 'knn', 'fit_linear', 'linear_probe', 'accuracy', 'interval', 'pixels', 'score']
 
-# %% ../nbs/08_evaluate.ipynb #6d5cca22
+# %% ../nbs/08_evaluate.ipynb #fa1ade98
 import math
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from .data import normalize
 from .vit import autocast, encode, prepare
 
-# %% ../nbs/08_evaluate.ipynb #691bf177
+# %% ../nbs/08_evaluate.ipynb #6e478990
 @torch.no_grad()
 def features(encoder,
              data,      # an ImageSet
@@ -29,7 +29,7 @@ def features(encoder,
         if encoder.has_class_token: out['cls'].append(tokens[:, 0])
     return {k: torch.cat(v) for k, v in out.items() if v}
 
-# %% ../nbs/08_evaluate.ipynb #861a6310
+# %% ../nbs/08_evaluate.ipynb #4c5f4c76
 def knn(train, labels, # features (N,D) and classes (N,)
         x,             # features to classify
         k=20, temperature=.07):
@@ -42,7 +42,7 @@ def knn(train, labels, # features (N,D) and classes (N,)
         out.append(votes.scatter_add_(1, labels[near], (sim/temperature).exp()).argmax(1))
     return torch.cat(out)
 
-# %% ../nbs/08_evaluate.ipynb #8218d2ae
+# %% ../nbs/08_evaluate.ipynb #14b9ee8f
 def fit_linear(x, y, # features (N,D) and classes (N,)
                penalty, steps=200):
     "Weights (D+1,classes) of a multinomial regression with an L2 penalty"
@@ -74,7 +74,9 @@ def linear_probe(train, val, test, # features of the three splits, by pooling
                 pred = predict(test[pool])
     return pred, best
 
-def accuracy(pred, y): return (pred == y).float().mean().item()
+def accuracy(pred, y):
+    "Share of predictions that are right"
+    return (pred == y).float().mean().item()
 
 def interval(p,         # a share
              n,         # of so many
@@ -83,7 +85,7 @@ def interval(p,         # a share
     mid, half = p + z*z/(2*n), z*math.sqrt(p*(1-p)/n + z*z/(4*n*n))
     return tuple((m/(1 + z*z/n)) for m in (mid - half, mid + half))
 
-# %% ../nbs/08_evaluate.ipynb #5da16050
+# %% ../nbs/08_evaluate.ipynb #399ac256
 def pixels(data):
     "The images themselves as features"
     return {'mean': normalize(data.images.float()).flatten(1)}

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['STRATEGIES', 'strategy', 'find_strategy', 'n_hidden', 'hide_lowest', 'noise_like', 'random']
 
-# %% ../nbs/05_masking.ipynb #4499f053
+# %% ../nbs/05_masking.ipynb #b467cf90
 import torch
 
-from .core import check, generator
+from .core import check
 
-# %% ../nbs/05_masking.ipynb #7b2f1577
+# %% ../nbs/05_masking.ipynb #2e30e4c4
 STRATEGIES = {}
 
 def strategy(f):
@@ -23,7 +23,7 @@ def find_strategy(name):
     check(name in STRATEGIES, f"there is no masking strategy {name!r}: set `masking` to one of {', '.join(STRATEGIES)}")
     return STRATEGIES[name]
 
-# %% ../nbs/05_masking.ipynb #c5a3956b
+# %% ../nbs/05_masking.ipynb #bf442e00
 def n_hidden(n_patches, ratio):
     "How many of an image's patches to hide"
     n = n_patches - int(n_patches*(1-ratio))
@@ -36,8 +36,10 @@ def hide_lowest(score, # (B,h,w), or (B,L)
     ids = score.flatten(1).argsort(1)
     return ids[:, n:], ids[:, :n]
 
-# %% ../nbs/05_masking.ipynb #1a0a02f3
-def noise_like(parts, gen): return torch.rand(parts.shape, generator=gen, device=parts.device)
+# %% ../nbs/05_masking.ipynb #a097b014
+def noise_like(parts, gen):
+    "Uniform noise in the shape of `parts`"
+    return torch.rand(parts.shape, generator=gen, device=parts.device)
 
 @strategy
 def random(parts, ratio, gen, progress=0.):

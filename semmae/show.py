@@ -5,17 +5,16 @@
 # %% auto #0
 __all__ = ['STYLE', 'show_rows', 'percent', 'text', 'heading', 'table', 'figure', 'page']
 
-# %% ../nbs/10_show.ipynb #a284fd33
+# %% ../nbs/10_show.ipynb #ae926729
 import base64, html, io
 
 import matplotlib.pyplot as plt
-import torch
 
 from .core import save_figure
 from .data import unnormalize
 from .evaluate import interval
 
-# %% ../nbs/10_show.ipynb #a59acc32
+# %% ../nbs/10_show.ipynb #dfebe713
 def show_rows(rows,      # name -> (B,3,H,W) images, normalised
               width=9):  # of the figure, in inches
     "Batches of images under each other, one row each"
@@ -29,20 +28,20 @@ def show_rows(rows,      # name -> (B,3,H,W) images, normalised
     fig.subplots_adjust(0, 0, 1, .95, .04, .24)
     return fig
 
-# %% ../nbs/10_show.ipynb #4851dc1c
+# %% ../nbs/10_show.ipynb #eb8a1d6b
 def percent(p, n): # a share, of how many
     "A share and its 95 % interval, in per cent"
     lo, hi = interval(p, n)
     return f'{100*p:.1f} <small>({100*lo:.1f}–{100*hi:.1f})</small>'
 
-# %% ../nbs/10_show.ipynb #1ad9e0c2
+# %% ../nbs/10_show.ipynb #6f643657
 STYLE = '''
 :root { --ink: #1d2733; --dim: #5b6877; --line: #d9dfe6; --accent: #3b6ea5 }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 52rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.6rem; line-height: 1.2; margin-bottom: .3rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
 .lead { font-size: 1.1rem } .note, figcaption, small { color: var(--dim); font-size: .85rem }
 .wide { overflow-x: auto } figure { margin: 1rem 0 } img { max-width: 100%; height: auto }
-td small { display: block; white-space: nowrap }
+td small { display: block; white-space: nowrap } td { min-width: 3rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { text-align: left; padding: .3rem 1.2rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
 thead th { border-bottom: 2px solid var(--accent); white-space: nowrap }

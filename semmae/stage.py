@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['run_stage', 'stale_modules', 'main']
 
-# %% ../nbs/12_stage.ipynb #4712f7c2
+# %% ../nbs/12_stage.ipynb #2ae0fe28
 import os, shutil, subprocess, sys, tempfile, threading, time
 from pathlib import Path
 
 from .core import SemmaeError, best_device, check, device_name, write_json
 
-# %% ../nbs/12_stage.ipynb #a961425e
+# %% ../nbs/12_stage.ipynb #d9625fe4
 def run_stage(name,         # a notebook of nbs/pipeline
               profile=''):  # a profile of params.yaml; empty: the notebook's own choice
     "Run a stage's notebook from the project's folder"
-    import papermill
+    try: import papermill
+    except ModuleNotFoundError: raise SemmaeError("running a stage needs papermill: run `pip install -e '.[dev]'` in a clone")
     source = Path(f'nbs/pipeline/{name}.ipynb')
     check(source.is_file(), f"there is no {source}: run from the project's folder, with the name of a stage")
     Path('runs').mkdir(exist_ok=True)
@@ -35,7 +36,7 @@ def _die_with(parent):
     while os.getppid() == parent: time.sleep(.5)
     os._exit(1)  # the kernel watches this process and goes with it
 
-# %% ../nbs/12_stage.ipynb #74c8f40c
+# %% ../nbs/12_stage.ipynb #2ed5c31f
 def stale_modules(root='.'):
     "Modules of semmae/ that differ from a fresh export of their notebooks"
     root = Path(root).resolve()
@@ -49,8 +50,9 @@ def stale_modules(root='.'):
         fresh = {p.name: p.read_text() for p in Path(tmp).glob('semmae/*.py')}
     return [f'semmae/{n}' for n in sorted(fresh) if not (root/'semmae'/n).is_file() or (root/'semmae'/n).read_text() != fresh[n]]
 
-# %% ../nbs/12_stage.ipynb #8536a857
+# %% ../nbs/12_stage.ipynb #40a94425
 def main():
     "The command `semmae-stage NAME [PROFILE]`"
+    if len(sys.argv) not in (2, 3): sys.exit('usage: semmae-stage NAME [PROFILE]')
     try: run_stage(*sys.argv[1:])
     except SemmaeError as e: sys.exit(str(e))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['lr_at', 'batch_ids', 'augment', 'pretrain', 'clock', 'plot_loss']
 
-# %% ../nbs/07_train.ipynb #c6b6579d
+# %% ../nbs/07_train.ipynb #3d7e55df
 import math, time
 
 import matplotlib.pyplot as plt
@@ -17,7 +17,7 @@ from .data import crop, crop_parts, normalize, random_boxes, random_flips
 from .masking import find_strategy
 from .vit import autocast, prepare
 
-# %% ../nbs/07_train.ipynb #6465badd
+# %% ../nbs/07_train.ipynb #f62a80ec
 def lr_at(step,      # counted from 0
           steps,     # in the whole run
           warmup,    # steps until the peak
@@ -26,7 +26,7 @@ def lr_at(step,      # counted from 0
     if step < warmup: return peak*(step + 1)/warmup
     return peak*.5*(1 + math.cos(math.pi*(step - warmup)/max(1, steps - warmup)))
 
-# %% ../nbs/07_train.ipynb #afd246ca
+# %% ../nbs/07_train.ipynb #dd258614
 def batch_ids(n, batch, step, seed):
     "Which images step `step` sees"
     epoch, k = divmod(step, n//batch)
@@ -43,7 +43,7 @@ def augment(images, # (N,C,H,W) uint8
     flips = random_flips(len(x), generator(seed, 'flips', step, device=x.device))
     return normalize(crop(x, boxes, flips, size)), boxes, flips
 
-# %% ../nbs/07_train.ipynb #4fa95d75
+# %% ../nbs/07_train.ipynb #6da142e0
 def pretrain(mae,
              images,              # (N,C,H,W) uint8, on the device that trains
              parts=None,          # (N,h,w) part maps on a grid of their own, for strategies that look at parts
@@ -58,6 +58,8 @@ def pretrain(mae,
              seed=0,
              log=print):
     "Train `mae` in place; rows of epoch, step, lr, loss"
+    check(epochs > 0 and batch > 0, f"`pretrain` has {epochs} epochs and batches of {batch}: choose at least 1 of each")
+    check(0 < crop_scale[0] <= crop_scale[1] <= 1, f"`pretrain.crop_scale` is {crop_scale}: choose two shares of the frame, the smaller first")
     device, per_epoch = images.device, len(images)//batch
     check(per_epoch > 0, f"a batch of {batch} is more than the {len(images)} training images: lower `pretrain.batch`")
     hide, steps = find_strategy(masking), epochs*per_epoch
@@ -85,9 +87,11 @@ def pretrain(mae,
         log(f'epoch {epoch+1}/{epochs}  loss {loss:.4f}  {speed:.0f} images/s  {clock((steps - step - 1)*batch/speed)} left')
     return history
 
-def clock(seconds): return f'{int(seconds)//60}:{int(seconds)%60:02d}'
+def clock(seconds):
+    "Seconds as minutes:seconds"
+    return f'{int(seconds)//60}:{int(seconds)%60:02d}'
 
-# %% ../nbs/07_train.ipynb #dd85023b
+# %% ../nbs/07_train.ipynb #a1d189bd
 def plot_loss(history, figsize=(5, 2.5)):
     "The loss by epoch, as a figure"
     fig, ax = plt.subplots(figsize=figsize, dpi=120)

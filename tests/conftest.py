@@ -24,7 +24,7 @@ def wait_for(condition, seconds=60):
     end = time.time() + seconds
     while not condition():
         assert time.time() < end, 'waited in vain'
-        os.sched_yield()
+        time.sleep(.05)
 
 
 @pytest.fixture(scope='session')

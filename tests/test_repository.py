@@ -29,7 +29,8 @@ def test_notebooks_are_clean(tmp_path):
     shutil.copy(ROOT/'settings.ini', tmp_path)
     shutil.copytree(ROOT/'nbs', tmp_path/'nbs', ignore=shutil.ignore_patterns('.ipynb_checkpoints'))
     subprocess.run(['nbdev_clean'], cwd=tmp_path, check=True)
-    dirty = [name(p) for p in ROOT.glob('nbs/**/[!.]*.ipynb') if p.read_text() != (tmp_path/p.relative_to(ROOT)).read_text()]
+    copies = [p.relative_to(tmp_path) for p in tmp_path.glob('nbs/**/*.ipynb')]
+    dirty = [str(p) for p in copies if (ROOT/p).read_text() != (tmp_path/p).read_text()]
     assert not dirty, f'run `nbdev_clean`: {dirty}'
 
 
