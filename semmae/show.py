@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STYLE', 'show_rows', 'percent', 'text', 'heading', 'table', 'figure', 'page']
 
-# %% ../nbs/10_show.ipynb #ae926729
+# %% ../nbs/10_show.ipynb #bf19b030
 import base64, html, io
 
 import matplotlib.pyplot as plt
@@ -14,7 +14,7 @@ from .core import save_figure
 from .data import unnormalize
 from .evaluate import interval
 
-# %% ../nbs/10_show.ipynb #dfebe713
+# %% ../nbs/10_show.ipynb #e0ae4615
 def show_rows(rows,      # name -> (B,3,H,W) images, normalised
               width=9):  # of the figure, in inches
     "Batches of images under each other, one row each"
@@ -28,13 +28,13 @@ def show_rows(rows,      # name -> (B,3,H,W) images, normalised
     fig.subplots_adjust(0, 0, 1, .95, .04, .24)
     return fig
 
-# %% ../nbs/10_show.ipynb #eb8a1d6b
+# %% ../nbs/10_show.ipynb #b1671df2
 def percent(p, n): # a share, of how many
     "A share and its 95 % interval, in per cent"
     lo, hi = interval(p, n)
     return f'{100*p:.1f} <small>({100*lo:.1f}–{100*hi:.1f})</small>'
 
-# %% ../nbs/10_show.ipynb #6f643657
+# %% ../nbs/10_show.ipynb #e67e4176
 STYLE = '''
 :root { --ink: #1d2733; --dim: #5b6877; --line: #d9dfe6; --accent: #3b6ea5 }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 52rem; margin: 2rem auto; padding: 0 1rem }
@@ -45,8 +45,9 @@ td small { display: block; white-space: nowrap } td { min-width: 3rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { text-align: left; padding: .3rem 1.2rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
 thead th { border-bottom: 2px solid var(--accent); white-space: nowrap }
-@media (max-width: 40rem) { body { margin: 1rem auto } th, td { padding-right: .7rem; font-size: .9rem } }
-@media print { body { margin: 0; max-width: none; font-size: 11pt } h2 { break-after: avoid } figure, tr { break-inside: avoid } }
+@media (max-width: 40rem) { body { margin: 1rem auto } th, td { padding-right: .7rem; font-size: .9rem }
+  thead th { white-space: normal } }
+@media print { body { margin: 0; max-width: none; font-size: 11pt } h2 { break-after: avoid } figure, table { break-inside: avoid } }
 '''
 
 def text(words, cls=''): return f'<p class="{cls}">{words}</p>'
