@@ -10,6 +10,7 @@ from conftest import ROOT
 
 from semmae.core import SemmaeError, generator
 from semmae.data import crop, crop_parts, load_images, random_boxes, resize_weights
+from semmae.demo import CLASSES, choose, scene
 
 
 @settings(deadline=None, max_examples=50)
@@ -107,6 +108,16 @@ def test_demo_is_whole():
     for data, n in zip(load_images(ROOT/'data', size=(64, 64)), (500, 100, 100)):
         assert data.targets['class'].bincount().tolist() == [n]*10 and len(data.classes['kind']) == 5
         assert data.parts.shape == data.images[:, 0].shape and data.parts.unique().tolist() == list(range(6))
+
+
+def test_demo_is_what_its_generator_draws():
+    "The first ten tiles, drawn again: parts to the pixel, pixels to JPEG's loss"
+    train, = load_images(ROOT/'data', ['train'], size=(64, 64))
+    for i, cls in enumerate(CLASSES):
+        rng = np.random.default_rng([0, i])
+        pixels, parts = scene(cls, choose(cls, rng), rng)
+        assert (train.parts[i].numpy() == parts).all()
+        assert np.abs(train.images[i].permute(1, 2, 0).numpy() - pixels.astype(float)).mean() < 15
 
 
 def test_grey_images(tmp_path):
