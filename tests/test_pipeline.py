@@ -156,11 +156,13 @@ def test_a_stopped_run_leaves_nothing_half_done(done, how):
     set_param(project, 'epochs: 3', 'epochs: 3000')
     log = project/'runs/log'
     env = {**os.environ, 'PYTHONPATH': str(project)}
-    with open(log, 'w') as f: run = subprocess.Popen(['dvc', 'repro'], cwd=project, env=env, stdout=f, stderr=f, start_new_session=True)
+    with open(log, 'w') as f:
+        run = subprocess.Popen(['dvc', 'repro'], cwd=project, env=env, stdout=f, stderr=f, start_new_session=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a background job inherits "ignore"
     wait_for(lambda: 'epoch 2/' in log.read_text())
     if how == signal.SIGINT: os.killpg(run.pid, how)  # Ctrl-C reaches the whole foreground group
     else: run.send_signal(how)
-    run.wait()
+    run.wait(60)
     wait_for(lambda: not alive(project))
     assert (project/'dvc.lock').read_text() == lock
     assert not [f for f in RESULTS[:3] if (project/f).exists()]
