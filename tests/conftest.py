@@ -10,11 +10,16 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
+def environment(cwd):
+    "What a command in a clone finds: the clone's own semmae, an author for git, and a shell that stays beside what it starts"
+    return {**os.environ, 'PYTHONPATH': str(cwd), 'MPLBACKEND': 'agg', 'SHELL': '/bin/sh', 'GIT_AUTHOR_NAME': 'a test', 'GIT_AUTHOR_EMAIL': 'test@example.org',
+            'GIT_COMMITTER_NAME': 'a test', 'GIT_COMMITTER_EMAIL': 'test@example.org'}
+
+
 def sh(cwd, command, ok=True):
-    "Run a shell command in a clone, with the clone's own semmae; what it printed and its exit code"
-    env = {**os.environ, 'PYTHONPATH': str(cwd), 'MPLBACKEND': 'agg', 'GIT_AUTHOR_NAME': 'a test', 'GIT_AUTHOR_EMAIL': 'test@example.org',
-           'GIT_COMMITTER_NAME': 'a test', 'GIT_COMMITTER_EMAIL': 'test@example.org'}
-    done = subprocess.run(command, shell=True, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    "Run a shell command in a clone; what it printed and its exit code"
+    done = subprocess.run(command, shell=True, cwd=cwd, env=environment(cwd), timeout=600,
+                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0 or not ok, f'{command}\n{done.stdout}'
     return done
 

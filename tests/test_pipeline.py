@@ -2,24 +2,30 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import sh, wait_for
+from conftest import environment, sh, wait_for
 
 RESULTS = ['runs/pretrain/encoder.safetensors', 'runs/pretrain/loss.csv', 'runs/pretrain/loss.png', 'runs/metrics/probe.json', 'runs/report/index.html']
 
 
 @pytest.fixture(scope='module')
-def done(project):
+def repro(project):
     "The clone after `dvc repro`, and what that printed"
     out = sh(project, 'dvc repro').stdout
     sh(project, 'git add -A && git commit -qm smoke')
     return project, out
+
+
+@pytest.fixture
+def done(repro):
+    "The same, put back as it was when the test ends, however it ends"
+    yield repro
+    restore(repro[0])
 
 
 def stages_of(out):
@@ -34,7 +40,7 @@ def would_run(project):
 
 def restore(project):
     "The clone as it was committed, its results back in place"
-    sh(project, 'git checkout -q . && dvc checkout -q --force')
+    sh(project, 'git checkout -q . && git clean -qfd && dvc checkout -q --force')
     assert would_run(project) == []
 
 
@@ -66,7 +72,6 @@ def test_report_is_one_page(done):
 def test_a_parameter_of_another_profile_reruns_nothing(done):
     set_param(done[0], 'epochs: 22', 'epochs: 23')
     assert would_run(done[0]) == []
-    restore(done[0])
 
 
 def test_other_profiles_are_whole(done):
@@ -81,7 +86,6 @@ def test_unknown_profile(done):
     set_param(done[0], 'profile: smoke', 'profile: huge')
     out = sh(done[0], 'dvc repro', ok=False)
     assert out.returncode != 0 and 'profiles.huge' in out.stdout
-    restore(done[0])
 
 
 def test_comparing_runs(done):
@@ -95,8 +99,6 @@ def test_comparing_runs(done):
     sh(project, 'dvc plots diff -o plots')
     page = (project/'plots/index.html').read_text()
     assert page.count('<img') >= 2
-    shutil.rmtree(project/'plots')
-    restore(project)
 
 
 def test_forgotten_export(done):
@@ -109,7 +111,6 @@ def test_forgotten_export(done):
     assert out.returncode != 0
     assert 'exported: semmae/masking.py differs from its notebook: run `nbdev_export`, and `dvc repro` again' in out.stdout
     assert 'Traceback' not in out.stdout and "Running stage 'pretrain'" not in out.stdout
-    restore(project)
 
 
 @pytest.mark.parametrize('old, new, says', [
@@ -125,7 +126,6 @@ def test_a_mistake_is_one_sentence(done, old, new, says):
     out = sh(project, 'dvc repro', ok=False)
     assert out.returncode != 0 and says in out.stdout and 'Traceback' not in out.stdout
     assert (project/'dvc.lock').read_text() == sh(project, 'git show HEAD:dvc.lock').stdout
-    restore(project)
 
 
 def test_data_not_pulled(done):
@@ -136,7 +136,6 @@ def test_data_not_pulled(done):
     (project/'elsewhere').rename(project/'data')
     assert whole.returncode != 0 and "'data.dvc': missing data" in whole.stdout
     assert stage.returncode != 0 and stage.stdout.endswith('pretrain: the demo images are not here: run `dvc pull data`\n')
-    restore(project)
 
 
 def alive(project):
@@ -145,7 +144,7 @@ def alive(project):
     for p in Path('/proc').glob('[0-9]*'):
         try: cwd, command = os.readlink(p/'cwd'), (p/'cmdline').read_text()
         except OSError: continue
-        if cwd.startswith(str(project)) and ('semmae' in command or 'ipykernel' in command or 'dvc' in command): found.append(command)
+        if cwd.startswith(str(project)) and ('semmae' in command or 'ipykernel' in command or 'dvc' in command): found.append(int(p.name))
     return found
 
 
@@ -155,16 +154,17 @@ def test_a_stopped_run_leaves_nothing_half_done(done, how):
     lock = (project/'dvc.lock').read_text()
     set_param(project, 'epochs: 3', 'epochs: 3000')
     log = project/'runs/log'
-    env = {**os.environ, 'PYTHONPATH': str(project)}
     with open(log, 'w') as f:
-        run = subprocess.Popen(['dvc', 'repro'], cwd=project, env=env, stdout=f, stderr=f, start_new_session=True,
+        run = subprocess.Popen(['dvc', 'repro'], cwd=project, env=environment(project), stdout=f, stderr=f, start_new_session=True,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a background job inherits "ignore"
-    wait_for(lambda: 'epoch 2/' in log.read_text())
-    if how == signal.SIGINT: os.killpg(run.pid, how)  # Ctrl-C reaches the whole foreground group
-    else: run.send_signal(how)
-    run.wait(60)
-    wait_for(lambda: not alive(project))
-    assert (project/'dvc.lock').read_text() == lock
-    assert not [f for f in RESULTS[:3] if (project/f).exists()]
-    log.unlink()
-    restore(project)
+    try:
+        wait_for(lambda: 'epoch 2/' in log.read_text())
+        if how == signal.SIGINT: os.killpg(run.pid, how)  # Ctrl-C reaches the whole foreground group
+        else: run.send_signal(how)
+        run.wait(60)
+        wait_for(lambda: not alive(project))
+        assert (project/'dvc.lock').read_text() == lock
+        assert not [f for f in RESULTS[:3] if (project/f).exists()]
+    finally:
+        for pid in alive(project): os.kill(pid, signal.SIGKILL)
+        log.unlink()
