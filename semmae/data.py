@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SPLITS', 'SYNONYMS', 'Source', 'hold_out', 'read_paths', 'hidden', 'folder_source', 'read_tar', 'tar_source',
            'timm_source', 'targets_of', 'class_names', 'sheet_source', 'open_source', 'check_classes', 'ImageSet',
-           'read_targets', 'decode', 'decode_split', 'load_images', 'random_boxes', 'random_flips', 'resize_weights',
-           'crop', 'crop_parts', 'normalize', 'unnormalize']
+           'read_targets', 'decode', 'decode_split', 'load_images', 'choose_parts', 'random_boxes', 'random_flips',
+           'resize_weights', 'crop', 'crop_parts', 'normalize', 'unnormalize']
 
-# %% ../nbs/01_data.ipynb #ee474ccc
+# %% ../nbs/01_data.ipynb #9166b8c4
 import csv, hashlib, importlib.util, io, os, tarfile, zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,9 +19,9 @@ import numpy as np, torch
 from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_dataset
 
-from .core import SemmaeError, check, generator
+from .core import SemmaeError, check, draw, generator
 
-# %% ../nbs/01_data.ipynb #0ee6da52
+# %% ../nbs/01_data.ipynb #b1014592
 SPLITS = 'train', 'val', 'test'
 
 @dataclass
@@ -34,7 +34,7 @@ class Source:
     kinds: Callable = None # class name -> a coarser class, where there is one
     parts: Callable = None # index -> (h,w) uint8 map of true parts
 
-# %% ../nbs/01_data.ipynb #5460b6df
+# %% ../nbs/01_data.ipynb #1833863f
 def hold_out(names, splits, labels=None):
     "`splits` with the missing val and test taken from train, a tenth of every class each"
     splits, groups = list(splits), {}
@@ -48,7 +48,7 @@ def hold_out(names, splits, labels=None):
             for i in ids[k*n:(k+1)*n]: splits[i] = s
     return splits
 
-# %% ../nbs/01_data.ipynb #95691ab2
+# %% ../nbs/01_data.ipynb #22fa1864
 SYNONYMS = {'training': 'train', 'valid': 'val', 'validation': 'val', 'testing': 'test'}
 
 def read_paths(paths):
@@ -70,7 +70,7 @@ def read_paths(paths):
     check(not stray, f"{stray and stray[0]} lies outside the class folders: move it into one of them")
     return names, splits, labels
 
-# %% ../nbs/01_data.ipynb #aebfc130
+# %% ../nbs/01_data.ipynb #33ecf19f
 def hidden(path): return any(p.startswith('.') for p in Path(path).parts)
 
 def folder_source(path):
@@ -81,7 +81,7 @@ def folder_source(path):
     names, splits, labels = read_paths([str(f.relative_to(path)) for f in files])
     return Source([str(f) for f in files], hold_out(names, splits, labels), lambda i: Image.open(files[i]), labels)
 
-# %% ../nbs/01_data.ipynb #f2b9151d
+# %% ../nbs/01_data.ipynb #ee9df5df
 def read_tar(path):
     "The files in a tar by name"
     try:
@@ -102,7 +102,7 @@ def tar_source(path):
     names, splits, labels = read_paths(paths)
     return Source([f'{path}:{p}' for p in paths], hold_out(names, splits, labels), lambda i: Image.open(io.BytesIO(blobs[paths[i]])), labels)
 
-# %% ../nbs/01_data.ipynb #c685cf98
+# %% ../nbs/01_data.ipynb #8a21a00f
 def timm_source(name,       # torch/cifar10, hfds/…
                 root=None): # where it is kept; None: ~/.cache/semmae
     "A dataset that timm knows by name"
@@ -134,7 +134,7 @@ def class_names(targets, classes=None):
     if any(t is None or int(t) < 0 for t in targets): return None
     return [str(classes[int(t)]) if classes else f'{int(t):04d}' for t in targets]
 
-# %% ../nbs/01_data.ipynb #e40dfe37
+# %% ../nbs/01_data.ipynb #38098c9c
 def sheet_source(path,
                  tile=64): # side of a tile
     "The demo's tile sheets, with true parts"
@@ -159,7 +159,7 @@ def sheet_source(path,
     return Source([f'{path}/{s}.jpg#{k}' for s, k in place], [s for s, _ in place], lambda i: cut(pixels[place[i][0]], place[i][1]),
                   [r['class'] for r in rows], lambda c: c.split('-')[0], lambda i: np.asarray(cut(parts[place[i][0]], place[i][1])))
 
-# %% ../nbs/01_data.ipynb #66707ad4
+# %% ../nbs/01_data.ipynb #670eb9fd
 def open_source(source,   # folder, tar file, or timm's name
                 root='.'): # what relative paths start from
     "The source that `source` names, its classes checked"
@@ -183,7 +183,7 @@ def check_classes(src):
             check(len(where) == 3, f"class {c!r} has images in {' and '.join(where)} only: give it some in train, val and test, or remove it")
     return src
 
-# %% ../nbs/01_data.ipynb #f9808439
+# %% ../nbs/01_data.ipynb #70c16030
 @dataclass
 class ImageSet:
     "One split in memory"
@@ -197,7 +197,7 @@ class ImageSet:
         move = lambda x: None if x is None else x.to(device)
         return ImageSet(move(self.images), {k: move(v) for k, v in self.targets.items()}, self.classes, move(self.parts))
 
-# %% ../nbs/01_data.ipynb #a80faf6b
+# %% ../nbs/01_data.ipynb #73f6a06b
 def read_targets(src, ids):
     "Targets of images `ids` by name, and the names of their classes"
     if not src.labels: return {}, {}
@@ -238,14 +238,21 @@ def load_images(source, splits=SPLITS, root='.', **kw):
     src = open_source(source, root)
     return [decode_split(src, s, **kw) for s in splits]
 
-# %% ../nbs/01_data.ipynb #a4a37f1c
+def choose_parts(data,    # an ImageSet
+                 source): # none, or given: the maps that come with the images
+    "The part maps that a parameter names"
+    check(source in ('none', 'given'), f"`parts.source` is {source!r}: choose none, or given for the maps that come with the images")
+    check(source == 'none' or data.parts is not None, "`parts.source` is given, but the images come without part maps: set it to none")
+    return data.parts if source == 'given' else None
+
+# %% ../nbs/01_data.ipynb #3860a264
 def random_boxes(n, gen,             # how many, and from which generator
                  size,               # (height, width) of the frame, for the aspect ratio
                  scale=(.2, 1.),     # area of the crop as a share of the frame
                  ratio=(3/4, 4/3),   # its width over its height, in pixels
                  tries=10):
     "Boxes of MAE's random resized crop: (n,4) of top, left, height, width in fractions of the frame"
-    u = torch.rand(n, tries, 4, generator=gen, device=gen.device)
+    u = draw(gen, n, tries, 4)
     area = scale[0] + (scale[1]-scale[0])*u[..., 0]
     aspect = (ratio[1]/ratio[0])**u[..., 1]*ratio[0]*size[0]/size[1]
     h, w = (area/aspect).sqrt(), (area*aspect).sqrt()
@@ -257,9 +264,9 @@ def random_boxes(n, gen,             # how many, and from which generator
 
 def random_flips(n, gen):
     "Which of `n` images to mirror"
-    return torch.rand(n, generator=gen, device=gen.device) < .5
+    return draw(gen, n) < .5
 
-# %% ../nbs/01_data.ipynb #7247f467
+# %% ../nbs/01_data.ipynb #90edf631
 def resize_weights(start, length,   # (B,) of the box along one axis, in fractions
                    n_in, n_out,     # cells before and after
                    kernel='linear'):
@@ -292,7 +299,7 @@ def crop_parts(parts,     # (B,h,w) labels on any grid
     share = crop(torch.nn.functional.one_hot(parts.long(), n_parts).movedim(-1, 1), boxes, flips, size, 'area')
     return share.argmax(1)
 
-# %% ../nbs/01_data.ipynb #bf1cf66d
+# %% ../nbs/01_data.ipynb #8201bc44
 def normalize(x):
     "Pixels of 0–255 to the mean and deviation that pretrained encoders expect"
     stats = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD

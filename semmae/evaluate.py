@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['features', 'knn', 'fit_linear', 'linear_probe', 'accuracy', 'interval', 'pixels', 'score']
 
-# %% ../nbs/08_evaluate.ipynb #fa1ade98
+# %% ../nbs/08_evaluate.ipynb #d69509c2
 import math
 
 import torch
@@ -14,22 +14,24 @@ from torch.nn import functional as F
 from .data import normalize
 from .vit import autocast, encode, prepare
 
-# %% ../nbs/08_evaluate.ipynb #6e478990
+# %% ../nbs/08_evaluate.ipynb #2327b7de
 @torch.no_grad()
 def features(encoder,
-             data,      # an ImageSet
+             data,          # an ImageSet
+             patches=False, # the patch tokens as well
              batch=250):
-    "Features of all images by kind of pooling, {'mean': (N,D), 'cls': (N,D)}"
+    "Features of all images by kind of pooling, {'mean': (N,D), 'cls': (N,D), 'patch': (N,L,D)}"
     prepare(encoder, data.images.device).eval()
-    out = {'mean': [], 'cls': []}
+    out = {'mean': [], 'cls': [], 'patch': []}
     for imgs in data.images.split(batch):
         with autocast(imgs.device): tokens = encode(encoder, normalize(imgs.float())).float()
         n = encoder.num_prefix_tokens
         out['mean'].append(tokens[:, n:].mean(1))
         if encoder.has_class_token: out['cls'].append(tokens[:, 0])
+        if patches: out['patch'].append(tokens[:, n:])
     return {k: torch.cat(v) for k, v in out.items() if v}
 
-# %% ../nbs/08_evaluate.ipynb #4c5f4c76
+# %% ../nbs/08_evaluate.ipynb #e6b05ea8
 def knn(train, labels, # features (N,D) and classes (N,)
         x,             # features to classify
         k=20, temperature=.07):
@@ -42,7 +44,7 @@ def knn(train, labels, # features (N,D) and classes (N,)
         out.append(votes.scatter_add_(1, labels[near], (sim/temperature).exp()).argmax(1))
     return torch.cat(out)
 
-# %% ../nbs/08_evaluate.ipynb #14b9ee8f
+# %% ../nbs/08_evaluate.ipynb #51c7289a
 def fit_linear(x, y, # features (N,D) and classes (N,)
                penalty, steps=200):
     "Weights (D+1,classes) of a multinomial regression with an L2 penalty"
@@ -85,7 +87,7 @@ def interval(p,         # a share
     mid, half = p + z*z/(2*n), z*math.sqrt(p*(1-p)/n + z*z/(4*n*n))
     return tuple((m/(1 + z*z/n)) for m in (mid - half, mid + half))
 
-# %% ../nbs/08_evaluate.ipynb #399ac256
+# %% ../nbs/08_evaluate.ipynb #7cf509b9
 def pixels(data):
     "The images themselves as features"
     return {'mean': normalize(data.images.float()).flatten(1)}

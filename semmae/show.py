@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STYLE', 'show_rows', 'percent', 'text', 'heading', 'table', 'figure', 'page']
 
-# %% ../nbs/10_show.ipynb #bf19b030
+# %% ../nbs/10_show.ipynb #d68736c7
 import base64, html, io
 
 import matplotlib.pyplot as plt
@@ -14,9 +14,10 @@ from .core import save_figure
 from .data import unnormalize
 from .evaluate import interval
 
-# %% ../nbs/10_show.ipynb #e0ae4615
-def show_rows(rows,      # name -> (B,3,H,W) images, normalised
-              width=9):  # of the figure, in inches
+# %% ../nbs/10_show.ipynb #deae3ba2
+def show_rows(rows,       # name -> (B,3,H,W) images, normalised
+              width=9,    # of the figure, in inches
+              columns=()): # their headings
     "Batches of images under each other, one row each"
     n, shape = len(next(iter(rows.values()))), next(iter(rows.values())).shape
     fig, axs = plt.subplots(len(rows), n, figsize=(width, width/n*len(rows)*1.2*shape[2]/shape[3]), dpi=120, squeeze=False)
@@ -25,16 +26,17 @@ def show_rows(rows,      # name -> (B,3,H,W) images, normalised
         for ax, img in zip(row, unnormalize(imgs.float().cpu())):
             ax.imshow(img.permute(1, 2, 0).expand(-1, -1, 3), interpolation='nearest')
             ax.axis('off')
-    fig.subplots_adjust(0, 0, 1, .95, .04, .24)
+    for ax, text in zip(axs[-1], columns): ax.text(.5, -.08, text, ha='center', va='top', fontsize=9, transform=ax.transAxes)
+    fig.subplots_adjust(0, .04 if columns else 0, 1, .95, .04, .24)
     return fig
 
-# %% ../nbs/10_show.ipynb #b1671df2
+# %% ../nbs/10_show.ipynb #55b15a96
 def percent(p, n): # a share, of how many
     "A share and its 95 % interval, in per cent"
     lo, hi = interval(p, n)
     return f'{100*p:.1f} <small>({100*lo:.1f}–{100*hi:.1f})</small>'
 
-# %% ../nbs/10_show.ipynb #e67e4176
+# %% ../nbs/10_show.ipynb #b50ab9b2
 STYLE = '''
 :root { --ink: #1d2733; --dim: #5b6877; --line: #d9dfe6; --accent: #3b6ea5 }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 52rem; margin: 2rem auto; padding: 0 1rem }

@@ -8,8 +8,8 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image, ImageOps
 from conftest import ROOT
 
-from semmae.core import SemmaeError, generator
-from semmae.data import crop, crop_parts, load_images, random_boxes, resize_weights
+from semmae.core import SemmaeError, generator, patchify
+from semmae.data import crop, crop_parts, load_images, random_boxes, random_flips, resize_weights
 from semmae.demo import CLASSES, choose, scene
 
 
@@ -45,27 +45,26 @@ def test_boxes_lie_in_the_frame(seed, frame):
     assert (area >= .2 - 1e-5).all() and (aspect >= 3/4 - 1e-4).all() and (aspect <= 4/3 + 1e-4).all()
 
 
-@pytest.mark.parametrize('frame, stored, grid', [((64, 64), (16, 16), (8, 8)), ((48, 96), (24, 24), (6, 12)), ((64, 64), (28, 28), (8, 8))])
-def test_part_maps_follow_the_image(frame, stored, grid):
-    """Maps painted from the image itself: after any crop and flip the label is the one whose colour lies under it.
+def agreement(stored, grid, shift):
+    """Part maps against pixels painted from them, after the same crops and flips: how often the label is the colour under it.
 
-    The image is two flat halves, so the label of a patch is known wherever the edge does not cross it."""
-    n = 64
-    gen = generator('edge')
-    edge = torch.rand(n, generator=gen)*.8 + .1
-    at = lambda cells: (torch.arange(cells) + .5)/cells
-    imgs = (at(frame[1])[None] > edge[:, None]).float()[:, None, None].expand(-1, 3, frame[0], -1)
-    maps = (at(stored[1])[None] > edge[:, None]).long()[:, None].expand(-1, stored[0], -1)
-    boxes, flips = random_boxes(n, gen, frame), torch.rand(n, generator=gen) < .5
-    pixels = crop(imgs*255, boxes, flips, grid, 'area').mean(1)/255
-    labels = crop_parts(maps, boxes, flips, grid, 2)
-    slack = 1.5/stored[1]/boxes[:, 3]*grid[1]  # the stored map's own cells, in cells of the result
-    clear = (pixels < .02) | (pixels > .98)
-    near_edge = torch.nn.functional.max_pool2d((~clear).float()[:, None], (1, 3), 1, (0, 1))[:, 0].bool()
-    wrong = ((pixels > .5).long() != labels)
-    assert wrong[clear & ~near_edge].float().mean() <= .01*slack.max()
-    shifted = crop_parts(maps, boxes + boxes.new_tensor([0, .5/grid[1], 0, 0])*boxes[:, 3:], flips, grid, 2)
-    assert ((pixels > .5).long() != shifted).float().mean() > 1.5*wrong.float().mean(), 'the test cannot see half a cell'
+    The image goes the way it goes in training; patches whose two foremost colours are close are left out. `shift` moves the maps, in cells of the result."""
+    n, gen, frame = 64, generator('painted', stored, grid), (stored[0]*8, stored[1]*8)
+    blobs = torch.nn.functional.interpolate(torch.rand(n, 4, 3, 4, generator=gen), stored, mode='bicubic').argmax(1)
+    colours = torch.nn.functional.one_hot(blobs, 4).movedim(-1, 1).float()  # an image of four channels: one a part
+    boxes, flips = random_boxes(n, gen, frame), random_flips(n, gen)
+    pixels = crop(colours.repeat_interleave(8, 2).repeat_interleave(8, 3), boxes, flips, (grid[0]*8, grid[1]*8))
+    share = patchify(pixels, 8).unflatten(2, (64, 4)).mean(2)
+    first, second = share.topk(2).values.unbind(2)
+    moved = boxes + boxes[:, [2, 3]].repeat(1, 2)*torch.tensor([shift[0]/grid[0], shift[1]/grid[1], 0, 0])
+    labels = crop_parts(blobs.byte(), moved, flips, grid, 4).flatten(1)
+    return (labels == share.argmax(2))[first - second > .1].float().mean().item()
+
+
+@pytest.mark.parametrize('stored, grid', [((16, 16), (8, 8)), ((7, 9), (8, 8)), ((28, 28), (8, 8)), ((6, 11), (5, 12)), ((16, 16), (14, 14))])
+def test_part_maps_follow_the_image(stored, grid):
+    assert agreement(stored, grid, (0, 0)) == 1
+    for half in ((.5, 0), (0, .5), (-.5, 0), (0, -.5)): assert agreement(stored, grid, half) < .97, 'the test cannot see half a cell'
 
 
 def picture(path, size=(12, 10)):

@@ -91,9 +91,9 @@ def test_unknown_profile(done):
 def test_comparing_runs(done):
     "An experiment from the command line, and what it changed"
     project, _ = done
-    out = sh(project, 'dvc exp run -S profiles.smoke.pretrain.mask_ratio=0.5').stdout
+    out = sh(project, 'dvc exp run -S profiles.smoke.pretrain.masking.ratio=0.5').stdout
     assert stages_of(out) == ['pretrain', 'probe', 'report'], 'one parameter of one stage: that stage and what depends on it'
-    assert 'mask_ratio' in sh(project, 'dvc params diff').stdout
+    assert 'masking.ratio' in sh(project, 'dvc params diff').stdout
     assert 'loss' in sh(project, 'dvc metrics diff').stdout
     assert 'linear' in sh(project, 'dvc metrics show').stdout
     sh(project, 'dvc plots diff -o plots')
@@ -116,7 +116,10 @@ def test_forgotten_export(done):
 @pytest.mark.parametrize('old, new, says', [
     ('patch_size: 8, embed_dim: 64', 'patch_size: 7, embed_dim: 64', 'pretrain: images of 64×64 cannot be cut into patches of 7'),
     ('name: vit_tiny_patch16_224', 'name: vit_tinny', "pretrain: timm has no model 'vit_tinny'"),
-    ('masking: random', 'masking: rnd', "pretrain: there is no masking strategy 'rnd'"),
+    ('name: random', 'name: rnd', "pretrain: there is no masking strategy 'rnd'"),
+    ('name: random', 'name: blend', "pretrain: masking 'blend' looks at parts and there are none"),
+    ('ratio: 0.75', 'ratio: 0.995', 'pretrain: a mask ratio of 0.995 hides 64 of 64 patches'),
+    ('lr: 1.0e-3', 'lr: 1.0e+9', r'pretrain: the loss became nan at step'),
     ('batch: 64', 'batch: 640', 'pretrain: a batch of 640 is more than the 280 training images'),
     ('source: data', 'source: nowhere', 'there is no'),
 ])

@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from conftest import ROOT, sh, wait_for
 
+from semmae.core import generator
+
 README = (ROOT/'README.md').read_text()
 BASH = [line.split('#')[0].strip() for block in re.findall(r'```bash\n(.*?)```', README, re.S) for line in block.splitlines() if line.strip()]
 PYTHON = re.findall(r'```python\n(.*?)```', README, re.S)
@@ -68,6 +70,7 @@ def test_a_new_strategy_is_found_by_its_name():
     from semmae.masking import STRATEGIES, find_strategy
     try:
         exec(PYTHON[1], {})
-        keep, hidden = find_strategy('left')(torch.zeros(2, 2, 4), .75, None)
-        assert hidden.tolist() == [[0, 1, 2, 3, 4, 5]]*2
-    finally: STRATEGIES.pop('left', None)
+        parts = torch.tensor([[[0, 1, 0, 2], [0, 0, 0, 3]]])
+        keep, hidden = find_strategy('foreground', ratio=.5, background=0)(parts, generator(0))
+        assert {1, 3, 7} < set(hidden[0].tolist()) and len(hidden[0]) == 4
+    finally: STRATEGIES.pop('foreground', None)

@@ -1,0 +1,115 @@
+"Invariants of every masking strategy, whatever the parts look like."
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from semmae.core import SemmaeError, generator
+from semmae.masking import STRATEGIES, blend, inter, inter_counts, intra, n_hidden, part_sizes
+
+LAYOUTS = st.tuples(st.integers(1, 9), st.integers(2, 9), st.integers(1, 8), st.integers(0, 10**6))  # rows, columns, parts, seed
+
+
+def layout(rows, cols, n, seed, batch=4):
+    "Random part maps: some parts empty, some of one patch"
+    gen = generator('layout', seed)
+    sizes = torch.rand(n, generator=gen)**4 + 1e-9
+    return torch.multinomial(sizes, batch*rows*cols, replacement=True, generator=gen).reshape(batch, rows, cols)
+
+
+def hidden(parts, ids_mask): return torch.zeros(len(parts), parts[0].numel()).scatter_(1, ids_mask, 1)
+
+
+def cuts(parts, out, but=None):
+    "How many parts of every image are hidden neither whole nor not at all"
+    inside = [parts.flatten(1) == p for p in range(int(parts.max()) + 1) if p != but]
+    return torch.stack([((out*i).sum(1) > 0) & ((out*i).sum(1) < i.sum(1)) for i in inside]).sum(0) if inside else torch.zeros(len(parts))
+
+
+@pytest.mark.parametrize('name', STRATEGIES)
+@settings(deadline=None, max_examples=60)
+@given(LAYOUTS, st.floats(.05, .95), st.floats(0, 1))
+def test_every_patch_once_and_the_same_number_hidden(name, shape, ratio, progress):
+    parts = layout(*shape)
+    L = parts[0].numel()
+    n = L - int(L*(1-ratio))
+    if not 0 < n < L: return
+    x = parts.float() if STRATEGIES[name].looks_at == 'scores' else parts
+    keep, mask = STRATEGIES[name](x, ratio, generator(name, shape), progress)
+    assert mask.shape == (len(parts), n)
+    assert (torch.cat([keep, mask], 1).sort(1).values == torch.arange(L)).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(LAYOUTS, st.floats(.1, .9))
+def test_intra_hides_the_same_share_of_every_part(shape, ratio):
+    parts = layout(*shape)
+    L = parts[0].numel()
+    n = L - int(L*(1-ratio))
+    if not 0 < n < L: return
+    out = hidden(parts, intra(parts, ratio, generator(shape))[1])
+    for p in range(int(parts.max()) + 1):
+        inside = parts.flatten(1) == p
+        assert ((out*inside).sum(1) - inside.sum(1)*n/L).abs().max() < 1
+
+
+@settings(deadline=None, max_examples=60)
+@given(LAYOUTS, st.floats(.1, .9))
+def test_inter_cuts_at_most_one_part(shape, ratio):
+    parts = layout(*shape)
+    L = parts[0].numel()
+    if not 0 < L - int(L*(1-ratio)) < L: return
+    assert (cuts(parts, hidden(parts, inter(parts, ratio, generator(shape))[1])) <= 1).all()
+
+
+@pytest.mark.parametrize('progress', [0, .25, .5, .75, 1])
+def test_blend_hides_what_the_papers_formula_says(progress):
+    "Over many draws: λ·r·K + (1−λ)·(what inter hides of the part), λ = 1 − progress²"
+    parts = torch.tensor([0]*30 + [1]*20 + [2]*10 + [3]*4).reshape(1, 8, 8).expand(8000, -1, -1)
+    out = hidden(parts, blend(parts, .75, generator(progress), progress)[1])
+    sizes, n = part_sizes(parts), n_hidden(64, .75)
+    want = (1 - progress**2)*sizes[0]*n/64 + progress**2*inter_counts(sizes, n, generator('other')).mean(0)
+    got = torch.stack([out[:, parts[0].flatten() == p].sum(1).mean() for p in range(4)])
+    assert (got - want).abs().max() < .25
+
+
+@pytest.mark.parametrize('f', [intra, inter, blend])
+def test_choice_inside_a_part_is_uniform(f):
+    parts = torch.tensor([0]*30 + [1]*20 + [2]*10 + [3]*4).reshape(1, 8, 8).expand(8000, -1, -1)
+    share = hidden(parts, f(parts, .75, generator(f.__name__), .5)[1]).mean(0)
+    for p in range(4):
+        inside = share[parts[0].flatten() == p]
+        assert (inside - inside.mean()).abs().max() < .03
+
+
+@settings(deadline=None, max_examples=60)
+@given(LAYOUTS, st.floats(.1, .9), st.floats(0, 1), st.integers(0, 8))
+def test_a_spared_background_is_never_hidden_whole(shape, ratio, progress, background):
+    "By value, and also where it fills the image or is one patch; the others are cut once at most at inter"
+    parts = layout(*shape)
+    L = parts[0].numel()
+    n = L - int(L*(1-ratio))
+    if not 0 < n < L: return
+    inside = parts.flatten(1) == background
+    for f, kw in ((inter, {}), (intra, {}), (blend, dict(progress=progress))):
+        keep, mask = f(parts, ratio, generator(shape), background=background, **kw)
+        assert (torch.cat([keep, mask], 1).sort(1).values == torch.arange(L)).all() and mask.shape[1] == n
+        out = hidden(parts, mask)
+        assert ((out*inside).sum(1) < inside.sum(1))[inside.any(1)].all()
+        assert ((out*inside).sum(1) >= torch.minimum((inside.sum(1)*n/L).floor(), inside.sum(1) - 1))[inside.any(1)].all()
+        if f is inter:
+            assert (cuts(parts, out, but=background) <= 1).all()
+
+
+@pytest.mark.parametrize('name', STRATEGIES)
+def test_hidden_patches_come_in_random_order(name):
+    "Any first few of them are a uniform sample: what a decoder that predicts a share relies on"
+    parts = torch.tensor([0]*30 + [1]*20 + [2]*10 + [3]*4).reshape(1, 8, 8).expand(6000, -1, -1)
+    x = parts.float() if STRATEGIES[name].looks_at == 'scores' else parts
+    mask = STRATEGIES[name](x, .5, generator(name))[1]
+    some, every = (hidden(parts, ids).mean(0) for ids in (mask[:, :8], mask))
+    assert (some*4 - every).abs().max() < .1
+
+
+def test_labels_the_strategies_cannot_use():
+    for bad, says in ((torch.rand(2, 4, 4), 'part labels'), (torch.full((2, 4, 4), 256), '0 to 255'), (torch.full((2, 4, 4), -1), '0 to 255')):
+        with pytest.raises(SemmaeError, match=says): blend(bad, .75, generator(0))
