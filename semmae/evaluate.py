@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['features', 'knn', 'fit_linear', 'linear_probe', 'accuracy', 'interval', 'pixels', 'score']
 
-# %% ../nbs/08_evaluate.ipynb #d69509c2
+# %% ../nbs/08_evaluate.ipynb #b15bfe8c
 import math
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from .data import normalize
 from .vit import autocast, encode, prepare
 
-# %% ../nbs/08_evaluate.ipynb #2327b7de
+# %% ../nbs/08_evaluate.ipynb #1901338c
 @torch.no_grad()
 def features(encoder,
              data,          # an ImageSet
@@ -31,7 +31,7 @@ def features(encoder,
         if patches: out['patch'].append(tokens[:, n:])
     return {k: torch.cat(v) for k, v in out.items() if v}
 
-# %% ../nbs/08_evaluate.ipynb #e6b05ea8
+# %% ../nbs/08_evaluate.ipynb #9424ea1c
 def knn(train, labels, # features (N,D) and classes (N,)
         x,             # features to classify
         k=20, temperature=.07):
@@ -44,7 +44,7 @@ def knn(train, labels, # features (N,D) and classes (N,)
         out.append(votes.scatter_add_(1, labels[near], (sim/temperature).exp()).argmax(1))
     return torch.cat(out)
 
-# %% ../nbs/08_evaluate.ipynb #51c7289a
+# %% ../nbs/08_evaluate.ipynb #e2a08f0d
 def fit_linear(x, y, # features (N,D) and classes (N,)
                penalty, steps=200):
     "Weights (D+1,classes) of a multinomial regression with an L2 penalty"
@@ -87,7 +87,7 @@ def interval(p,         # a share
     mid, half = p + z*z/(2*n), z*math.sqrt(p*(1-p)/n + z*z/(4*n*n))
     return tuple((m/(1 + z*z/n)) for m in (mid - half, mid + half))
 
-# %% ../nbs/08_evaluate.ipynb #7cf509b9
+# %% ../nbs/08_evaluate.ipynb #65f0808b
 def pixels(data):
     "The images themselves as features"
     return {'mean': normalize(data.images.float()).flatten(1)}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['lr_at', 'Batches', 'check_guide', 'pretrain', 'check_finite', 'clock', 'plot_loss']
 
-# %% ../nbs/07_train.ipynb #3cdd682f
+# %% ../nbs/07_train.ipynb #2aff6faf
 import math, time
 from functools import lru_cache
 
@@ -14,12 +14,12 @@ import torch
 from timm.optim import create_optimizer_v2
 
 from .core import SemmaeError, check, generator
-from .data import crop, crop_parts, normalize, random_boxes, random_flips
+from .data import check_labels, crop, crop_parts, normalize, random_boxes, random_flips
 from .mae import save_mae
 from .masking import find_strategy
 from .vit import autocast, prepare
 
-# %% ../nbs/07_train.ipynb #b45c6c8f
+# %% ../nbs/07_train.ipynb #6d028c99
 def lr_at(step,      # counted from 0
           steps,     # in the whole run
           warmup,    # steps until the peak
@@ -28,7 +28,7 @@ def lr_at(step,      # counted from 0
     if step < warmup: return peak*(step + 1)/warmup
     return peak*.5*(1 + math.cos(math.pi*(step - warmup)/max(1, steps - warmup)))
 
-# %% ../nbs/07_train.ipynb #39883b13
+# %% ../nbs/07_train.ipynb #7ca97ef9
 class Batches:
     "What every step of a run sees: (imgs, ids_keep, ids_mask), a function of (seed, step)"
     def __init__(self,
@@ -80,11 +80,11 @@ def check_guide(guide, looks_at, name, n_images, n_parts=None):
     if guide is None: return 0
     check(len(guide) == n_images, f"there are {len(guide)} maps for {n_images} images: give one map an image")
     if guide.is_floating_point(): return 0
-    top = int(guide.max())
-    check(n_parts is None or top < n_parts, f"a part map holds the label {top} where there are {n_parts} parts: labels run from 0 to {(n_parts or 0)-1}")
-    return n_parts or top + 1
+    n_parts = int(guide.max()) + 1 if n_parts is None else n_parts
+    check_labels(guide, n_parts)
+    return n_parts
 
-# %% ../nbs/07_train.ipynb #99f12150
+# %% ../nbs/07_train.ipynb #7e2765c2
 def pretrain(mae,
              images,            # (N,C,H,W) uint8, on the device that trains
              guide=None,        # part labels or scores, see `Batches`
@@ -133,7 +133,7 @@ def clock(seconds):
     "Seconds as minutes:seconds"
     return f'{int(seconds)//60}:{int(seconds)%60:02d}'
 
-# %% ../nbs/07_train.ipynb #f680cb94
+# %% ../nbs/07_train.ipynb #495c40bd
 def plot_loss(history, figsize=(5, 2.5)):
     "The loss by epoch, as a figure"
     fig, ax = plt.subplots(figsize=figsize, dpi=120)
