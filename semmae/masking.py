@@ -5,43 +5,50 @@
 # %% auto #0
 __all__ = ['STRATEGIES', 'MAX_PARTS', 'COLOURS', 'n_hidden', 'strategy', 'find_strategy', 'random', 'part_sizes', 'intra_counts',
            'inter_counts', 'round_counts', 'hide_counts', 'hide_parts', 'intra', 'inter', 'blend', 'ranks',
-           'hide_lowest', 'attention_high', 'attention_hint', 'block', 'colour']
+           'hide_lowest', 'attention_high', 'attention_hint', 'spans', 'block', 'colour']
 
-# %% ../nbs/05_masking.ipynb #88767d47
+# %% ../nbs/05_masking.ipynb #cf2e437f
 import inspect, math
 
 import torch
 
 from .core import check, draw
 
-# %% ../nbs/05_masking.ipynb #4ff6b221
+# %% ../nbs/05_masking.ipynb #83fcb003
 def n_hidden(n_patches, ratio):
     "How many of an image's patches to hide"
+    check(isinstance(ratio, (int, float)) and 0 <= ratio <= 1, f"`masking.ratio` is {ratio!r}: choose a number between 0 and 1")
     n = n_patches - int(n_patches*(1-ratio))
     check(0 < n < n_patches, f"a mask ratio of {ratio} hides {n} of {n_patches} patches: choose `masking.ratio` so that some stay and some go")
     return n
 
-# %% ../nbs/05_masking.ipynb #e126eee5
+# %% ../nbs/05_masking.ipynb #e9b628b0
 STRATEGIES = {}
 
 def strategy(looks_at=None): # 'parts', 'scores', or None: only the shape of the map counts
     "Make a masking function known under its name"
+    check(looks_at in ('parts', 'scores', None), "a strategy is registered with `@strategy()`, or with what it looks at: `@strategy('parts')` or `@strategy('scores')`")
     def register(f):
         f.looks_at = looks_at
         STRATEGIES[f.__name__] = f
         return f
     return register
 
-def find_strategy(name, ratio=.75, **options):
+def find_strategy(name, ratio, **options):
     "The strategy of that name with its ratio and options set: a function of (map, gen, progress)"
-    check(name in STRATEGIES, f"there is no masking strategy {name!r}: set `masking.name` to one of {', '.join(STRATEGIES)}")
-    known = list(inspect.signature(STRATEGIES[name]).parameters)[4:]
+    check(isinstance(name, str) and name in STRATEGIES, f"there is no masking strategy {name!r}: set `masking.name` to one of {', '.join(STRATEGIES)}")
+    f = STRATEGIES[name]
+    known = list(inspect.signature(f).parameters)[4:]
     for o in options: check(o in known, f"masking {name!r} has no option {o!r}: it has {', '.join(known) or 'none'}")
-    def hide(x, gen, progress=0.): return STRATEGIES[name](x, ratio, gen, progress, **options)
-    hide.looks_at = STRATEGIES[name].looks_at
+    def hide(x, gen, progress=0.):
+        check(x.ndim == 3, f"masking {name!r} was given a map of shape {tuple(x.shape)}: give one of (images, rows, columns)")
+        check(0 <= progress <= 1, f"the progress of training is {progress}: it runs from 0 to 1")
+        check(gen.device.type == x.device.type, f"the map is on {x.device} and the generator on {gen.device}: make the generator with `device='{x.device}'`")
+        return f(x, ratio, gen, progress, **options)
+    hide.looks_at = f.looks_at
     return hide
 
-# %% ../nbs/05_masking.ipynb #082cf244
+# %% ../nbs/05_masking.ipynb #d7fd6f57
 @strategy()
 def random(x, ratio, gen, progress=0.):
     "Hide patches uniformly at random"
@@ -49,17 +56,18 @@ def random(x, ratio, gen, progress=0.):
     ids = draw(gen, len(x), x[0].numel()).argsort(1)
     return ids[:, n:], ids[:, :n]
 
-# %% ../nbs/05_masking.ipynb #3fb9e919
+# %% ../nbs/05_masking.ipynb #6245e220
 MAX_PARTS = 256  # labels are bytes
 
 def part_sizes(parts):
     "Patches of every part, (B,N)"
     check(not parts.is_floating_point(), "this masking strategy looks at part labels and was given scores: give it whole numbers")
-    labels = parts.flatten(1).long()
-    n = MAX_PARTS if parts.is_cuda else int(labels.max()) + 1  # a look at the labels would make the GPU wait
-    check(parts.is_cuda or 0 <= labels.min() and n <= MAX_PARTS, f"part labels lie between {labels.min()} and {n-1}: they must be 0 to {MAX_PARTS-1}")
-    sizes = torch.zeros(len(labels), n, device=parts.device, dtype=torch.float64)
-    return sizes.scatter_add_(1, labels, torch.ones_like(labels, dtype=sizes.dtype))
+    labels, n = parts.flatten(1).long(), MAX_PARTS
+    if not parts.is_cuda:  # a look at the labels would make a GPU wait
+        lo, hi = int(labels.min()), int(labels.max())
+        check(0 <= lo and hi < MAX_PARTS, f"part labels run from {lo} to {hi}: make them 0 to {MAX_PARTS-1} at most")
+        n = hi + 1
+    return torch.zeros(len(labels), n, device=parts.device).scatter_add_(1, labels, torch.ones(labels.shape, device=parts.device))
 
 def intra_counts(sizes, n):
     "The same share of every part, (B,N)"
@@ -72,27 +80,28 @@ def inter_counts(sizes, n, gen):
     left = (n - (mixed.cumsum(1) - mixed)).clamp(min=0)
     return torch.zeros_like(sizes).scatter_(1, order, torch.minimum(mixed, left))
 
-# %% ../nbs/05_masking.ipynb #81a58043
+# %% ../nbs/05_masking.ipynb #2b54901f
 def round_counts(counts, gen):
     "Counts (B,N) rounded at random to whole numbers of the same sum, unbiased"
-    shift = draw(gen, len(counts), 1).double()*.9998 + .0001  # clear of rounding errors
+    shift = draw(gen, len(counts), 1)*.998 + .001  # clear of rounding errors
     return (counts.cumsum(1) + shift).floor().diff(dim=1, prepend=torch.zeros_like(shift))
 
-# %% ../nbs/05_masking.ipynb #90f10a88
+# %% ../nbs/05_masking.ipynb #650a1b0f
 def hide_counts(parts,  # (B,h,w)
                 sizes,  # (B,N)
                 counts, # (B,N) whole numbers that sum to n
                 n, gen):
     "Hide `counts` patches of every part, uniformly inside it"
-    labels, noise = parts.flatten(1).long(), draw(gen, len(parts), 2, parts[0].numel()).double()
-    order = (labels + noise[:, 0]).argsort(1)
+    labels, noise = parts.flatten(1).long(), draw(gen, len(parts), 2, parts[0].numel())
+    order = noise[:, 0].argsort(1)
+    order = order.gather(1, labels.gather(1, order).argsort(stable=True, dim=1)) # by part, shuffled inside it
     label = labels.gather(1, order)
     rank = torch.arange(labels.shape[1], device=parts.device) - (sizes.cumsum(1) - sizes).gather(1, label)
-    stays = (rank >= counts.gather(1, label)).double()
+    stays = rank >= counts.gather(1, label)
     ids = order.gather(1, (stays + noise[:, 1]).argsort(1))
     return ids[:, n:], ids[:, :n]
 
-# %% ../nbs/05_masking.ipynb #01035fdd
+# %% ../nbs/05_masking.ipynb #11c0dde8
 def hide_parts(parts, ratio, gen,
                share,           # of intra, λ; the rest is inter
                background=None):
@@ -100,7 +109,7 @@ def hide_parts(parts, ratio, gen,
     n, sizes = n_hidden(parts[0].numel(), ratio), part_sizes(parts)
     others, spared = sizes.clone(), torch.zeros_like(sizes)
     if background is not None:
-        check(background in range(MAX_PARTS), f"`masking.background` is {background}: set it to the label of the background")
+        check(background in range(MAX_PARTS), f"`masking.background` is {background!r}: set it to the label of the background")
         where = torch.arange(sizes.shape[1], device=parts.device) == background
         spared = torch.where(where, torch.minimum(sizes*n/parts[0].numel(), (sizes - 1).clamp(min=0)), 0.)
         others = torch.where(where, 0., sizes)
@@ -121,11 +130,11 @@ def inter(parts, ratio, gen, progress=0., background=None):
 @strategy('parts')
 def blend(parts, ratio, gen, progress=0., gamma=2., reverse=False, background=None):
     "SemMAE's curriculum: from intra to inter as training goes on, or the other way round"
-    check(gamma > 0, f"`masking.gamma` is {gamma}: choose a number above 0")
+    check(isinstance(gamma, (int, float)) and gamma > 0, f"`masking.gamma` is {gamma!r}: choose a number above 0")
     share = 1 - progress**gamma
     return hide_parts(parts, ratio, gen, 1 - share if reverse else share, background)
 
-# %% ../nbs/05_masking.ipynb #69ecb474
+# %% ../nbs/05_masking.ipynb #c44edfc6
 def ranks(x, gen):
     "Rank of every value of (B,L) from the lowest up, equal ones at random"
     order = draw(gen, *x.shape).argsort(1)
@@ -134,7 +143,7 @@ def ranks(x, gen):
 
 def hide_lowest(x, n, gen):
     "Hide the `n` patches of the lowest value in (B,L)"
-    ids = ((ranks(x, gen) >= n) + draw(gen, *x.shape).double()).argsort(1)
+    ids = ((ranks(x, gen) >= n) + draw(gen, *x.shape)).argsort(1)
     return ids[:, n:], ids[:, :n]
 
 @strategy('scores')
@@ -152,19 +161,21 @@ def attention_hint(scores, ratio, gen, progress=0., top=.1, show=.5):
     shown = ranks(torch.where(rank < m, draw(gen, len(scores), L), 2.), gen) < min(int(m*show), L - n)
     return hide_lowest(torch.where(shown, L, rank), n, gen)
 
-# %% ../nbs/05_masking.ipynb #dcc788e4
+# %% ../nbs/05_masking.ipynb #85c60f12
+def spans(length, cells, u):
+    "Which of `cells` in a row are covered by random spans of some length, (B,R,cells); a span may stick out"
+    length = length.sqrt().round().clamp(min=1)
+    start, cell = (u*(cells + length - 1)).floor() - length + 1, torch.arange(cells, device=u.device)
+    return (cell >= start[..., None]) & (cell < (start + length)[..., None])
+
 @strategy()
-def block(x, ratio, gen, progress=0., area=(.08, .25), blocks=24):
-    "Hide rectangles, one after another"
-    (h, w), n = x.shape[1:], n_hidden(x[0].numel(), ratio)
-    u = draw(gen, len(x), blocks, 4)
-    size, aspect = (area[0] + (area[1] - area[0])*u[..., 0])*h*w, .3**(2*u[..., 1] - 1)
-    def covers(length, cells, u):
-        length = length.sqrt().round().clamp(1, cells)
-        start, cell = (u*(cells - length + 1)).floor(), torch.arange(cells, device=x.device)
-        return (cell >= start[..., None]) & (cell < (start + length)[..., None])
-    covered = covers(size*aspect, h, u[..., 2])[..., None] & covers(size/aspect, w, u[..., 3])[..., None, :]  # (B,blocks,h,w)
-    first = torch.where(covered.any(1), covered.byte().argmax(1), blocks)
+def block(x, ratio, gen, progress=0.):
+    "Hide rectangles of 8 to 25 % of the image, one after another"
+    (h, w), n, rectangles = x.shape[1:], n_hidden(x[0].numel(), ratio), 64
+    u = draw(gen, len(x), rectangles, 4)
+    area, aspect = (.08 + .17*u[..., 0])*h*w, .3**(2*u[..., 1] - 1)
+    covered = spans(area*aspect, h, u[..., 2])[..., None] & spans(area/aspect, w, u[..., 3])[..., None, :]  # (B,R,h,w)
+    first = torch.where(covered.any(1), covered.byte().argmax(1), rectangles) # what none reaches goes last
     return hide_lowest(first.flatten(1), n, gen)
 
 COLOURS = dict(red=lambda blur: blur(2.), blue=lambda blur: 1 - blur(.5),
@@ -173,7 +184,7 @@ COLOURS = dict(red=lambda blur: blur(2.), blue=lambda blur: 1 - blur(.5),
 @strategy()
 def colour(x, ratio, gen, progress=0., noise='green'):
     "Hide the lowest values of filtered noise"
-    check(noise in COLOURS, f"`masking.noise` is {noise!r}: choose one of {', '.join(COLOURS)}")
+    check(isinstance(noise, str) and noise in COLOURS, f"`masking.noise` is {noise!r}: choose one of {', '.join(COLOURS)}")
     h, w = (2*s for s in x.shape[1:])  # twice as large as needed: a filter by Fourier transform wraps around
     frequency = torch.fft.fftfreq(h, device=x.device)[:, None]**2 + torch.fft.rfftfreq(w, device=x.device)**2
     spectrum = COLOURS[noise](lambda sigma: torch.exp(-2*math.pi**2*sigma**2*frequency))

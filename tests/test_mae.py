@@ -4,7 +4,7 @@ import torch
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_position_embedding
 
-from semmae.core import generator, patchify
+from semmae.core import SemmaeError, generator, patchify
 from semmae.mae import MAE, reconstruct
 from semmae.masking import find_strategy
 from semmae.vit import make_encoder
@@ -38,19 +38,20 @@ def pair(norm_pixels, channels):
     e, t, d = ours.encoder, theirs.vit, theirs.decoder
     copy_linear(e.patch_embed.proj, t.embeddings.patch_embeddings.projection)
     e.cls_token.data = t.embeddings.cls_token.data
-    for a, b in zip([*e.blocks, *ours.blocks], [*t.layers, *d.decoder_layers]): copy_block(a, b)
-    for a, b in ((e.norm, t.layernorm), (ours.embed, d.decoder_embed), (ours.norm, d.decoder_norm), (ours.head, d.decoder_pred)): copy_linear(a, b)
-    ours.mask_token.data = d.mask_token.data[0, 0]
+    o = ours.decoder
+    for a, b in zip([*e.blocks, *o.blocks], [*t.layers, *d.decoder_layers]): copy_block(a, b)
+    for a, b in ((e.norm, t.layernorm), (o.embed, d.decoder_embed), (o.norm, d.decoder_norm), (o.head, d.decoder_pred)): copy_linear(a, b)
+    o.mask_token.data = d.mask_token.data[0, 0]
     return ours, theirs
 
 
 def shrink(ours, theirs, by=.01):
     "Tokens so small that the eps of a norm shows"
     with torch.no_grad():
-        for p in (ours.encoder.pos_embed, ours.pos, theirs.vit.embeddings.position_embeddings, theirs.decoder.decoder_pos_embed): p.mul_(by)
-        for m in (ours.encoder.patch_embed.proj, theirs.vit.embeddings.patch_embeddings.projection, ours.embed, theirs.decoder.decoder_embed):
+        for p in (ours.encoder.pos_embed, ours.decoder.pos, theirs.vit.embeddings.position_embeddings, theirs.decoder.decoder_pos_embed): p.mul_(by)
+        for m in (ours.encoder.patch_embed.proj, theirs.vit.embeddings.patch_embeddings.projection, ours.decoder.embed, theirs.decoder.decoder_embed):
             m.weight.mul_(by); m.bias.mul_(by)
-        for p in (ours.encoder.cls_token, ours.mask_token, theirs.vit.embeddings.cls_token, theirs.decoder.mask_token): p.copy_(p*by)
+        for p in (ours.encoder.cls_token, ours.decoder.mask_token, theirs.vit.embeddings.cls_token, theirs.decoder.mask_token): p.copy_(p*by)
 
 
 @torch.no_grad()
@@ -62,7 +63,7 @@ def test_loss_and_reconstruction_equal_vitmae(norm_pixels, channels, small):
     if small: shrink(ours, theirs)
     imgs = torch.randn(3, channels, 32, 32, generator=generator('imgs'))
     imgs[:, :, 8:16] = .5 + imgs[:, :, 8:16]*1e-3  # patches so flat that the eps of the loss shows
-    ids_keep, ids_mask = find_strategy('random')(torch.zeros(3, 4, 4), generator('masks'))
+    ids_keep, ids_mask = find_strategy('random', .75)(torch.zeros(3, 4, 4), generator('masks'))
     noise = torch.zeros(3, 16).scatter_(1, torch.cat([ids_keep, ids_mask], 1), torch.linspace(0, 1, 16).expand(3, -1))
     want = theirs(imgs, noise=noise)
     loss, pred = ours(imgs, ids_keep, ids_mask)
@@ -94,7 +95,27 @@ def test_any_size_patch_channels(kind):
 def test_a_cross_decoder_predicts_a_share_as_it_would_among_all():
     mae = MAE(make_encoder(**SIZES), kind='cross', width=32, depth=2, heads=2, share=.25)
     imgs = torch.randn(2, 3, 32, 32)
-    ids_keep, ids_mask = find_strategy('random')(torch.zeros(2, 4, 4), generator('masks'))
+    ids_keep, ids_mask = find_strategy('random', .75)(torch.zeros(2, 4, 4), generator('masks'))
     some = mae(imgs, ids_keep, ids_mask)[1]
     mae.share = 1.
     assert some.shape[1] == 3 and torch.allclose(mae(imgs, ids_keep, ids_mask)[1][:, :3], some, atol=1e-6)
+
+
+def test_a_cross_decoder_looks_at_every_kept_token_and_at_no_hidden_one():
+    mae = MAE(make_encoder(**SIZES), kind='cross', width=32, depth=1, heads=2)
+    ids_keep, ids_mask = find_strategy('random', .75)(torch.zeros(2, 4, 4), generator('masks'))
+    tokens = torch.randn(2, 5, 48)
+    pred = mae.decoder(tokens, ids_keep, ids_mask)
+    for i in range(5):
+        changed = tokens.clone()
+        changed[:, i] = torch.randn(2, 48)
+        assert ((mae.decoder(changed, ids_keep, ids_mask) - pred).abs().amax(2) > 1e-6).all()
+    assert torch.allclose(mae.decoder(tokens, ids_keep, ids_mask[:, :2]), pred[:, :2], atol=1e-6)
+
+
+def test_masks_that_do_not_fit():
+    mae, imgs = MAE(make_encoder(**SIZES), width=32, depth=1, heads=2), torch.randn(2, 3, 32, 32)
+    for batch, grid in ((2, (2, 4)), (2, (5, 5)), (3, (4, 4))):
+        masks = find_strategy('random', .75)(torch.zeros(batch, *grid), generator('masks'))
+        for f in (mae, lambda *x: reconstruct(mae, *x)):
+            with pytest.raises(SemmaeError, match="make them on the encoder's grid, 4×4"): f(imgs, *masks)

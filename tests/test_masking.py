@@ -1,10 +1,12 @@
 "Invariants of every masking strategy, whatever the parts look like."
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
 from semmae.core import SemmaeError, generator
-from semmae.masking import STRATEGIES, blend, inter, inter_counts, intra, n_hidden, part_sizes
+from semmae.masking import STRATEGIES, blend, block, inter, intra, part_sizes
 
 LAYOUTS = st.tuples(st.integers(1, 9), st.integers(2, 9), st.integers(1, 8), st.integers(0, 10**6))  # rows, columns, parts, seed
 
@@ -61,13 +63,28 @@ def test_inter_cuts_at_most_one_part(shape, ratio):
     assert (cuts(parts, hidden(parts, inter(parts, ratio, generator(shape))[1])) <= 1).all()
 
 
+def mean_of_inter(sizes, n):
+    "What inter hides of every part, the mean over all orders of the parts"
+    total = [0]*len(sizes)
+    orders = list(itertools.permutations(range(len(sizes))))
+    for order in orders:
+        left = n
+        for p in order:
+            total[p] += min(sizes[p], left)
+            left -= min(sizes[p], left)
+    return torch.tensor(total)/len(orders)
+
+
 @pytest.mark.parametrize('progress', [0, .25, .5, .75, 1])
-def test_blend_hides_what_the_papers_formula_says(progress):
-    "Over many draws: λ·r·K + (1−λ)·(what inter hides of the part), λ = 1 − progress²"
-    parts = torch.tensor([0]*30 + [1]*20 + [2]*10 + [3]*4).reshape(1, 8, 8).expand(8000, -1, -1)
-    out = hidden(parts, blend(parts, .75, generator(progress), progress)[1])
-    sizes, n = part_sizes(parts), n_hidden(64, .75)
-    want = (1 - progress**2)*sizes[0]*n/64 + progress**2*inter_counts(sizes, n, generator('other')).mean(0)
+@pytest.mark.parametrize('gamma', [1/3, 1, 2, 3])
+@pytest.mark.parametrize('reverse', [False, True])
+def test_blend_hides_what_the_papers_formula_says(progress, gamma, reverse):
+    "Over many draws: λ·r·K + (1−λ)·(what inter hides of the part on average), λ = 1 − progress^γ, or progress^γ the other way round"
+    sizes, n = [30, 20, 10, 4], 48
+    parts = torch.tensor(sum(([p]*k for p, k in enumerate(sizes)), [])).reshape(1, 8, 8).expand(8000, -1, -1)
+    share = progress**gamma if reverse else 1 - progress**gamma
+    want = share*torch.tensor(sizes)*n/64 + (1 - share)*mean_of_inter(sizes, n)
+    out = hidden(parts, blend(parts, .75, generator(progress), progress, gamma=gamma, reverse=reverse)[1])
     got = torch.stack([out[:, parts[0].flatten() == p].sum(1).mean() for p in range(4)])
     assert (got - want).abs().max() < .25
 
@@ -122,3 +139,12 @@ def test_the_width_of_the_table_of_counts_changes_nothing(f, monkeypatch):
     narrow = f(parts, .6, generator(0), .5)
     monkeypatch.setattr('semmae.masking.part_sizes', lambda parts: torch.nn.functional.pad(part_sizes(parts), (0, 256 - int(parts.max()) - 1)))
     for a, b in zip(f(parts, .6, generator(0), .5), narrow): assert torch.equal(a, b)
+
+
+def test_blocks_are_rectangles():
+    "Few patches are hidden by less than a rectangle: hidden ones have hidden neighbours, and every ratio is reached without scatter"
+    for ratio in (.3, .75, .9):
+        out = hidden(torch.zeros(500, 14, 14), block(torch.zeros(500, 14, 14), ratio, generator(ratio))[1]).reshape(-1, 14, 14)
+        around = torch.nn.functional.avg_pool2d(out[:, None], 3, 1, 1, count_include_pad=False)[:, 0]
+        assert ((around < .3)*out).sum()/out.sum() < .04  # nearly alone: the rim of the rectangle that was cut
+        assert (out.mean(0) - ratio).abs().max() < .15, 'a place is preferred'

@@ -120,6 +120,7 @@ def test_forgotten_export(done):
     ('name: random', 'name: blend', "pretrain: masking 'blend' looks at parts and there are none"),
     ('ratio: 0.75', 'ratio: 0.995', 'pretrain: a mask ratio of 0.995 hides 64 of 64 patches'),
     ('lr: 1.0e-3', 'lr: 1.0e+9', r'pretrain: the loss became nan at step'),
+    ('masking: {name: random, ratio: 0.75}', 'masking: random', 'write it as {name: random, ratio: 0.75}'),
     ('batch: 64', 'batch: 640', 'pretrain: a batch of 640 is more than the 280 training images'),
     ('source: data', 'source: nowhere', 'there is no'),
 ])

@@ -2,7 +2,8 @@
 import pytest
 import torch
 
-from semmae.core import SemmaeError, generator
+from semmae.core import SemmaeError, generator, patchify
+from semmae.data import unnormalize
 from semmae.mae import MAE, load_mae
 from semmae.masking import STRATEGIES, strategy
 from semmae.train import Batches, pretrain
@@ -13,7 +14,7 @@ GUIDES = {'parts': torch.randint(0, 5, (40, 9, 7), dtype=torch.uint8, generator=
 
 
 def batches(name, **kw):
-    return Batches(IMAGES, (4, 6), GUIDES[STRATEGIES[name].looks_at], dict(name=name), epochs=4, batch=10, **kw)
+    return Batches(IMAGES, (4, 6), GUIDES[STRATEGIES[name].looks_at], dict(name=name, ratio=.75), epochs=4, batch=10, **kw)
 
 
 @pytest.mark.parametrize('name', STRATEGIES)
@@ -49,6 +50,42 @@ def test_progress_is_the_step_counter():
     finally: STRATEGIES.pop('spy', None)
 
 
+@pytest.mark.parametrize('looks_at', ['parts', 'scores'])
+def test_maps_follow_their_images(looks_at):
+    "Images painted from maps of another grid: through every crop and flip a patch keeps the label, or the score, of the colour it shows"
+    labels = torch.nn.functional.interpolate(torch.rand(40, 3, 3, 4, generator=generator('painted')), (8, 12), mode='bicubic').argmax(1)
+    scores = torch.nn.functional.interpolate(torch.rand(40, 1, 3, 4, generator=generator('painted')), (8, 12), mode='bilinear')[:, 0]
+    maps = torch.nn.functional.one_hot(labels, 3).movedim(-1, 1).float() if looks_at == 'parts' else scores[:, None].expand(-1, 3, -1, -1)
+    images = (maps.repeat_interleave(4, 2).repeat_interleave(4, 3)*255).to(torch.uint8)
+    seen = []
+    try:
+        @strategy(looks_at)
+        def spy(x, ratio, gen, progress=0.):
+            seen.append(x)
+            return STRATEGIES['random'](x, ratio, gen)
+        painted = Batches(images, (4, 6), labels.byte() if looks_at == 'parts' else scores, dict(name='spy', ratio=.5), epochs=2, batch=40)
+        for step in (0, 1):
+            colour = patchify(unnormalize(painted[step][0]).float()/255, 8).unflatten(2, (64, 3)).mean(2)
+            if looks_at == 'parts':
+                first, second = colour.topk(2).values.unbind(2)
+                assert (seen[-1].flatten(1) == colour.argmax(2))[first - second > .1].all()
+            else: assert (seen[-1].flatten(1) - colour.mean(2)).abs().mean() < .02
+    finally: STRATEGIES.pop('spy', None)
+
+
+def test_labels_with_gaps_keep_their_names():
+    "A map of 0, 7 and 255 is as good as one of 0, 1 and 2, and an option names the label as the map does"
+    names = torch.tensor([0, 7, 255], dtype=torch.uint8)
+    maps = torch.randint(0, 3, (40, 9, 7), generator=generator('maps'))
+    for name, options in (('intra', {}), ('inter', {})):
+        for bg in ({}, dict(background=2)):
+            of = lambda m, **kw: Batches(IMAGES, (4, 6), m, dict(name=name, ratio=.75, **kw), epochs=1, batch=10)
+            dense, gaps = of(maps, **bg), of(names[maps], **({k: int(names[v]) for k, v in bg.items()}))
+            assert gaps.values.tolist() == [0, 7, 255] and torch.equal(dense.guide, gaps.guide)
+            for step in range(4): assert gaps[step][2].shape == dense[step][2].shape
+            if name == 'intra': assert torch.equal(dense[0][2], gaps[0][2])
+
+
 def test_seeds_and_steps_differ():
     assert not torch.equal(batches('blend')[0][2], batches('blend', seed=1)[0][2]) and not torch.equal(batches('blend')[0][2], batches('blend')[1][2])
 
@@ -60,9 +97,10 @@ def small(cls=MAE): return cls(make_encoder(image=(32, 48), patch_size=8, embed_
 def test_a_bad_loss_names_its_step_and_keeps_the_last_good_weights(tmp_path, bad):
     class Breaks(MAE):
         steps = 0
-        def loss(self, *args):
+        def forward(self, *args):
             self.steps += 1
-            return super().loss(*args)*(bad if self.steps == 10 else 1.)
+            loss, pred = super().forward(*args)
+            return loss*(bad if self.steps == 10 else 1.), pred
     mae, good = small(Breaks), []
     log = lambda line: good.append({k: v.clone() for k, v in mae.state_dict().items()})
     with pytest.raises(SemmaeError, match=fr'the loss became {bad} at step 10 \(epoch 3\): lower `pretrain.lr`; the weights after epoch 2 are in {tmp_path}'):
@@ -74,11 +112,11 @@ def test_a_bad_loss_names_its_step_and_keeps_the_last_good_weights(tmp_path, bad
 def test_weights_that_broke_in_the_last_step_of_an_epoch_are_not_kept(tmp_path):
     class Breaks(MAE):
         steps = 0
-        def loss(self, *args):
+        def forward(self, *args):
             self.steps += 1
-            loss = super().loss(*args)
+            loss, pred = super().forward(*args)
             if self.steps == 8: loss.register_hook(lambda g: g*float('nan'))  # a good loss with a bad gradient
-            return loss
+            return loss, pred
     with pytest.raises(SemmaeError, match=r'the weights are no longer numbers after step 8 \(epoch 2\).*after epoch 1 are in'):
         pretrain(small(Breaks), IMAGES, epochs=4, batch=10, warmup_epochs=1, keep=tmp_path, log=lambda line: None)
     assert all(v.isfinite().all() for v in load_mae(tmp_path, width=32, depth=1, heads=2).state_dict().values())
