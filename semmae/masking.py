@@ -7,14 +7,14 @@ __all__ = ['STRATEGIES', 'MAX_PARTS', 'COLOURS', 'n_hidden', 'strategy', 'find_s
            'inter_counts', 'round_counts', 'hide_counts', 'hide_parts', 'intra', 'inter', 'blend', 'ranks',
            'hide_lowest', 'attention_high', 'attention_hint', 'spans', 'block', 'colour']
 
-# %% ../nbs/05_masking.ipynb #cf2e437f
+# %% ../nbs/05_masking.ipynb #005672c5
 import inspect, math
 
 import torch
 
 from .core import check, draw
 
-# %% ../nbs/05_masking.ipynb #83fcb003
+# %% ../nbs/05_masking.ipynb #4808cb88
 def n_hidden(n_patches, ratio):
     "How many of an image's patches to hide"
     check(isinstance(ratio, (int, float)) and 0 <= ratio <= 1, f"`masking.ratio` is {ratio!r}: choose a number between 0 and 1")
@@ -22,7 +22,7 @@ def n_hidden(n_patches, ratio):
     check(0 < n < n_patches, f"a mask ratio of {ratio} hides {n} of {n_patches} patches: choose `masking.ratio` so that some stay and some go")
     return n
 
-# %% ../nbs/05_masking.ipynb #e9b628b0
+# %% ../nbs/05_masking.ipynb #efdebc6c
 STRATEGIES = {}
 
 def strategy(looks_at=None): # 'parts', 'scores', or None: only the shape of the map counts
@@ -48,7 +48,7 @@ def find_strategy(name, ratio, **options):
     hide.looks_at = f.looks_at
     return hide
 
-# %% ../nbs/05_masking.ipynb #d7fd6f57
+# %% ../nbs/05_masking.ipynb #b3ad0b68
 @strategy()
 def random(x, ratio, gen, progress=0.):
     "Hide patches uniformly at random"
@@ -56,7 +56,7 @@ def random(x, ratio, gen, progress=0.):
     ids = draw(gen, len(x), x[0].numel()).argsort(1)
     return ids[:, n:], ids[:, :n]
 
-# %% ../nbs/05_masking.ipynb #6245e220
+# %% ../nbs/05_masking.ipynb #79c5ffaa
 MAX_PARTS = 256  # labels are bytes
 
 def part_sizes(parts):
@@ -80,13 +80,13 @@ def inter_counts(sizes, n, gen):
     left = (n - (mixed.cumsum(1) - mixed)).clamp(min=0)
     return torch.zeros_like(sizes).scatter_(1, order, torch.minimum(mixed, left))
 
-# %% ../nbs/05_masking.ipynb #2b54901f
+# %% ../nbs/05_masking.ipynb #311416fc
 def round_counts(counts, gen):
     "Counts (B,N) rounded at random to whole numbers of the same sum, unbiased"
     shift = draw(gen, len(counts), 1)*.998 + .001  # clear of rounding errors
     return (counts.cumsum(1) + shift).floor().diff(dim=1, prepend=torch.zeros_like(shift))
 
-# %% ../nbs/05_masking.ipynb #650a1b0f
+# %% ../nbs/05_masking.ipynb #c41d0a30
 def hide_counts(parts,  # (B,h,w)
                 sizes,  # (B,N)
                 counts, # (B,N) whole numbers that sum to n
@@ -101,7 +101,7 @@ def hide_counts(parts,  # (B,h,w)
     ids = order.gather(1, (stays + noise[:, 1]).argsort(1))
     return ids[:, n:], ids[:, :n]
 
-# %% ../nbs/05_masking.ipynb #11c0dde8
+# %% ../nbs/05_masking.ipynb #08d12a5b
 def hide_parts(parts, ratio, gen,
                share,           # of intra, λ; the rest is inter
                background=None):
@@ -134,7 +134,7 @@ def blend(parts, ratio, gen, progress=0., gamma=2., reverse=False, background=No
     share = 1 - progress**gamma
     return hide_parts(parts, ratio, gen, 1 - share if reverse else share, background)
 
-# %% ../nbs/05_masking.ipynb #c44edfc6
+# %% ../nbs/05_masking.ipynb #e20af9c3
 def ranks(x, gen):
     "Rank of every value of (B,L) from the lowest up, equal ones at random"
     order = draw(gen, *x.shape).argsort(1)
@@ -161,7 +161,7 @@ def attention_hint(scores, ratio, gen, progress=0., top=.1, show=.5):
     shown = ranks(torch.where(rank < m, draw(gen, len(scores), L), 2.), gen) < min(int(m*show), L - n)
     return hide_lowest(torch.where(shown, L, rank), n, gen)
 
-# %% ../nbs/05_masking.ipynb #85c60f12
+# %% ../nbs/05_masking.ipynb #32d64cb1
 def spans(length, cells, u):
     "Which of `cells` in a row are covered by random spans of some length, (B,R,cells); a span may stick out"
     length = length.sqrt().round().clamp(min=1)
