@@ -8,7 +8,7 @@ __all__ = ['SPLITS', 'SYNONYMS', 'Source', 'hold_out', 'read_paths', 'hidden', '
            'read_targets', 'decode', 'decode_split', 'load_images', 'choose_parts', 'random_boxes', 'random_flips',
            'resize_weights', 'crop', 'check_labels', 'crop_parts', 'normalize', 'unnormalize']
 
-# %% ../nbs/01_data.ipynb #ee999418
+# %% ../nbs/01_data.ipynb #66447ce9
 import csv, hashlib, importlib.util, io, os, tarfile, zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_datase
 
 from .core import SemmaeError, check, draw, generator
 
-# %% ../nbs/01_data.ipynb #64f7ac6c
+# %% ../nbs/01_data.ipynb #d60d3948
 SPLITS = 'train', 'val', 'test'
 
 @dataclass
@@ -34,7 +34,7 @@ class Source:
     kinds: Callable = None # class name -> a coarser class, where there is one
     parts: Callable = None # index -> (h,w) uint8 map of true parts
 
-# %% ../nbs/01_data.ipynb #6398e413
+# %% ../nbs/01_data.ipynb #8148c6a6
 def hold_out(names, splits, labels=None):
     "`splits` with the missing val and test taken from train, a tenth of every class each"
     splits, groups = list(splits), {}
@@ -48,7 +48,7 @@ def hold_out(names, splits, labels=None):
             for i in ids[k*n:(k+1)*n]: splits[i] = s
     return splits
 
-# %% ../nbs/01_data.ipynb #52c20f6f
+# %% ../nbs/01_data.ipynb #df71df8f
 SYNONYMS = {'training': 'train', 'valid': 'val', 'validation': 'val', 'testing': 'test'}
 
 def read_paths(paths):
@@ -70,7 +70,7 @@ def read_paths(paths):
     check(not stray, f"{stray and stray[0]} lies outside the class folders: move it into one of them")
     return names, splits, labels
 
-# %% ../nbs/01_data.ipynb #c3b89dd0
+# %% ../nbs/01_data.ipynb #71dd6d86
 def hidden(path): return any(p.startswith('.') for p in Path(path).parts)
 
 def folder_source(path):
@@ -81,7 +81,7 @@ def folder_source(path):
     names, splits, labels = read_paths([str(f.relative_to(path)) for f in files])
     return Source([str(f) for f in files], hold_out(names, splits, labels), lambda i: Image.open(files[i]), labels)
 
-# %% ../nbs/01_data.ipynb #d153f194
+# %% ../nbs/01_data.ipynb #c9d6fa61
 def read_tar(path):
     "The files in a tar by name"
     try:
@@ -102,7 +102,7 @@ def tar_source(path):
     names, splits, labels = read_paths(paths)
     return Source([f'{path}:{p}' for p in paths], hold_out(names, splits, labels), lambda i: Image.open(io.BytesIO(blobs[paths[i]])), labels)
 
-# %% ../nbs/01_data.ipynb #86aeb26c
+# %% ../nbs/01_data.ipynb #bf9893bb
 def timm_source(name,       # torch/cifar10, hfds/…
                 root=None): # where it is kept; None: ~/.cache/semmae
     "A dataset that timm knows by name"
@@ -134,7 +134,7 @@ def class_names(targets, classes=None):
     if any(t is None or int(t) < 0 for t in targets): return None
     return [str(classes[int(t)]) if classes else f'{int(t):04d}' for t in targets]
 
-# %% ../nbs/01_data.ipynb #ef315c6c
+# %% ../nbs/01_data.ipynb #642eafc8
 def sheet_source(path,
                  tile=64): # side of a tile
     "The demo's tile sheets, with true parts"
@@ -159,7 +159,7 @@ def sheet_source(path,
     return Source([f'{path}/{s}.jpg#{k}' for s, k in place], [s for s, _ in place], lambda i: cut(pixels[place[i][0]], place[i][1]),
                   [r['class'] for r in rows], lambda c: c.split('-')[0], lambda i: np.asarray(cut(parts[place[i][0]], place[i][1])))
 
-# %% ../nbs/01_data.ipynb #da1eae53
+# %% ../nbs/01_data.ipynb #d7fcc6dd
 def open_source(source,   # folder, tar file, or timm's name
                 root='.'): # what relative paths start from
     "The source that `source` names, its classes checked"
@@ -183,7 +183,7 @@ def check_classes(src):
             check(len(where) == 3, f"class {c!r} has images in {' and '.join(where)} only: give it some in train, val and test, or remove it")
     return src
 
-# %% ../nbs/01_data.ipynb #e358fffb
+# %% ../nbs/01_data.ipynb #11fc7362
 @dataclass
 class ImageSet:
     "One split in memory"
@@ -197,7 +197,7 @@ class ImageSet:
         move = lambda x: None if x is None else x.to(device)
         return ImageSet(move(self.images), {k: move(v) for k, v in self.targets.items()}, self.classes, move(self.parts))
 
-# %% ../nbs/01_data.ipynb #2ab6733b
+# %% ../nbs/01_data.ipynb #1016208d
 def read_targets(src, ids):
     "Targets of images `ids` by name, and the names of their classes"
     if not src.labels: return {}, {}
@@ -245,7 +245,7 @@ def choose_parts(data,    # an ImageSet
     check(source == 'none' or data.parts is not None, "`parts.source` is given, but the images come without part maps: set it to none")
     return data.parts if source == 'given' else None
 
-# %% ../nbs/01_data.ipynb #8aa85efe
+# %% ../nbs/01_data.ipynb #929d60f6
 def random_boxes(n, gen,             # how many, and from which generator
                  size,               # (height, width) of the frame, for the aspect ratio
                  scale=(.2, 1.),     # area of the crop as a share of the frame
@@ -266,7 +266,7 @@ def random_flips(n, gen):
     "Which of `n` images to mirror"
     return draw(gen, n) < .5
 
-# %% ../nbs/01_data.ipynb #d432fdee
+# %% ../nbs/01_data.ipynb #3b69d462
 def resize_weights(start, length,   # (B,) of the box along one axis, in fractions
                    n_in, n_out,     # cells before and after
                    kernel='linear'):
@@ -294,7 +294,7 @@ def crop(x,            # (B,C,H,W)
 def check_labels(parts, n_parts):
     "Labels lie between 0 and n_parts-1"
     lo, hi = int(parts.min()), int(parts.max())
-    check(0 <= lo and hi < n_parts, f"the part maps hold labels from {lo} to {hi}, and `n_parts` is {n_parts}: correct the maps, or `n_parts`")
+    check(0 <= lo and hi < n_parts, f"the part maps hold labels from {lo} to {hi}, and {n_parts} parts are labelled 0 to {n_parts-1}: correct the maps, or `n_parts`")
 
 def crop_parts(parts,     # (B,h,w) labels on any grid
                boxes, flips,
@@ -305,7 +305,7 @@ def crop_parts(parts,     # (B,h,w) labels on any grid
     each = parts[:, None] == torch.arange(n_parts, device=parts.device)[:, None, None]  # (B,n_parts,h,w)
     return crop(each, boxes, flips, size, 'area').argmax(1)
 
-# %% ../nbs/01_data.ipynb #77b7cb1c
+# %% ../nbs/01_data.ipynb #bcbd4a5b
 def normalize(x):
     "Pixels of 0–255 to the mean and deviation that pretrained encoders expect"
     stats = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD

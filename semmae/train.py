@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['lr_at', 'Batches', 'open_masking', 'open_guide', 'pretrain', 'check_finite', 'clock', 'plot_loss']
 
-# %% ../nbs/07_train.ipynb #e5ff6441
+# %% ../nbs/07_train.ipynb #df809853
 import math, time
 from functools import lru_cache
 
@@ -16,10 +16,10 @@ from timm.optim import create_optimizer_v2
 from .core import SemmaeError, check, generator
 from .data import check_labels, crop, crop_parts, normalize, random_boxes, random_flips
 from .mae import save_mae
-from .masking import MAX_PARTS, find_strategy, n_hidden
+from .masking import MAX_PARTS, check_kind, find_strategy
 from .vit import autocast, prepare
 
-# %% ../nbs/07_train.ipynb #b13d218b
+# %% ../nbs/07_train.ipynb #a1ce60f1
 def lr_at(step,      # counted from 0
           steps,     # in the whole run
           warmup,    # steps until the peak
@@ -28,7 +28,7 @@ def lr_at(step,      # counted from 0
     if step < warmup: return peak*(step + 1)/warmup
     return peak*.5*(1 + math.cos(math.pi*(step - warmup)/max(1, steps - warmup)))
 
-# %% ../nbs/07_train.ipynb #e8a57f8b
+# %% ../nbs/07_train.ipynb #218ea6e6
 class Batches:
     "What every step of a run sees: (imgs, ids_keep, ids_mask), a function of (seed, step)"
     def __init__(self,
@@ -42,7 +42,7 @@ class Batches:
                  n_parts=None,        # labels lie below it; None: whatever the map holds
                  seed=0,
                  rank=0, ranks=1):    # this process, of how many that share every batch
-        check(epochs > 0 and batch > 0, f"`pretrain` has {epochs} epochs and batches of {batch}: choose at least 1 of each")
+        check(all(isinstance(n, int) and n > 0 for n in (epochs, batch)), f"`pretrain` has {epochs} epochs and batches of {batch}: choose whole numbers, at least 1")
         check(0 < crop_scale[0] <= crop_scale[1] <= 1, f"`pretrain.crop_scale` is {crop_scale}: choose two shares of the frame, the smaller first")
         check(batch <= len(images), f"a batch of {batch} is more than the {len(images)} training images: lower `pretrain.batch`")
         check(ranks <= batch, f"a batch of {batch} is less than the {ranks} processes: raise `pretrain.batch`")
@@ -75,30 +75,32 @@ class Batches:
         if self.values is None: return crop(self.guide[ids][:, None], boxes, flips, self.grid)[:, 0]
         return self.values[crop_parts(self.guide[ids], boxes, flips, self.grid, len(self.values))]
 
-# %% ../nbs/07_train.ipynb #8788e9ef
+# %% ../nbs/07_train.ipynb #4ef43cc6
 def open_masking(masking, grid):
     "The masking that a parameter describes"
     check(isinstance(masking, dict) and {'name', 'ratio'} <= set(masking), f"`pretrain.masking` is {masking!r}: write it as {{name: random, ratio: 0.75}}")
-    n_hidden(grid[0]*grid[1], masking['ratio'])
-    return find_strategy(**masking)
+    hide = find_strategy(**masking)
+    hide(torch.zeros(1, *grid, dtype=torch.long if hide.looks_at == 'parts' else torch.float), generator('try'))  # ratio and options
+    return hide
 
 def open_guide(guide, looks_at, masking, n_images, n_parts=None):
     "The maps that the masking looks at, and for labels their values"
     if looks_at is None: return None, None
-    name, kind = masking['name'], dict(parts='whole numbers', scores='floating-point numbers')[looks_at]
-    check(guide is not None, f"masking {name!r} looks at {looks_at} and there are none: set `parts.source` (or give `guide`), or `masking.name` to another")
-    check(guide.is_floating_point() == (looks_at == 'scores'), f"masking {name!r} looks at {looks_at}: give it maps of {kind}, not {guide.dtype}")
+    check(guide is not None, f"masking {masking['name']!r} looks at {looks_at} and there are none: set `parts.source` (or give `guide`), or `masking.name` to another")
+    check_kind(guide, looks_at)
     check(guide.ndim == 3 and len(guide) == n_images and guide.numel(), f"the maps are of shape {tuple(guide.shape)}: give {n_images} images' (rows, columns)")
-    if looks_at == 'scores': return guide, None
-    values = guide.to(torch.int32).unique()
-    check_labels(values, MAX_PARTS if n_parts is None else n_parts)
-    background = masking.get('background')
+    if looks_at == 'scores':
+        check(guide.isfinite().all(), "the scores hold values that are not finite: correct the maps")
+        return guide, None
+    labels = guide if guide.dtype == torch.uint8 else guide.long()
+    check_labels(labels, n_parts or MAX_PARTS)
+    values, background = labels.unique().long(), masking.get('background')
     check(background is None or background in values.tolist(), f"`masking.background` is {background} and no map holds that label: choose one of {values.tolist()}")
     new = torch.zeros(MAX_PARTS, dtype=torch.uint8, device=guide.device)
     new[values] = torch.arange(len(values), dtype=torch.uint8, device=guide.device)
-    return new[guide.to(torch.int32)], values.long()
+    return new[labels.int()], values
 
-# %% ../nbs/07_train.ipynb #24b7c30d
+# %% ../nbs/07_train.ipynb #dda57aa6
 def pretrain(mae,
              images,            # (N,C,H,W) uint8, on the device that trains
              guide=None,        # part labels or scores, see `Batches`
@@ -148,7 +150,7 @@ def clock(seconds):
     "Seconds as minutes:seconds"
     return f'{int(seconds)//60}:{int(seconds)%60:02d}'
 
-# %% ../nbs/07_train.ipynb #164938dd
+# %% ../nbs/07_train.ipynb #b1db3530
 def plot_loss(history, figsize=(5, 2.5)):
     "The loss by epoch, as a figure"
     fig, ax = plt.subplots(figsize=figsize, dpi=120)
