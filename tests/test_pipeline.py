@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -152,23 +153,53 @@ def alive(project):
     return found
 
 
-@pytest.mark.parametrize('how', [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_stopped_run_leaves_nothing_half_done(done, how):
-    project, _ = done
-    lock = (project/'dvc.lock').read_text()
-    set_param(project, 'epochs: 3', 'epochs: 3000')
-    log = project/'runs/log'
+def start(project, log):
+    "`dvc repro` in the background, once its training has come to the second epoch"
     with open(log, 'w') as f:
         run = subprocess.Popen(['dvc', 'repro'], cwd=project, env=environment(project), stdout=f, stderr=f, start_new_session=True,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a background job inherits "ignore"
-    try:
-        wait_for(lambda: 'epoch 2/' in log.read_text())
-        if how == signal.SIGINT: os.killpg(run.pid, how)  # Ctrl-C reaches the whole foreground group
-        else: run.send_signal(how)
-        run.wait(60)
-        wait_for(lambda: not alive(project))
-        assert (project/'dvc.lock').read_text() == lock
-        assert not [f for f in RESULTS[:3] if (project/f).exists()]
-    finally:
-        for pid in alive(project): os.kill(pid, signal.SIGKILL)
-        log.unlink()
+    wait_for(lambda: 'epoch 2/' in log.read_text())
+    return run
+
+
+@pytest.fixture
+def log(done):
+    "Where a run in the background writes; whatever is left of it ends with the test"
+    yield done[0]/'runs/log'
+    for pid in alive(done[0]): os.kill(pid, signal.SIGKILL)
+    (done[0]/'runs/log').unlink()
+    shutil.rmtree(done[0]/'runs/unfinished', ignore_errors=True)
+
+
+@pytest.mark.parametrize('how, processes', [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGKILL, 1), (signal.SIGKILL, 2)])
+def test_a_stopped_run_leaves_nothing_half_done(done, log, how, processes):
+    project, _ = done
+    lock = (project/'dvc.lock').read_text()
+    set_param(project, 'epochs: 3', 'epochs: 3000')
+    set_param(project, 'processes: 1', f'processes: {processes}')
+    run = start(project, log)
+    if how == signal.SIGINT: os.killpg(run.pid, how)  # Ctrl-C reaches the whole foreground group
+    else: run.send_signal(how)
+    run.wait(60)
+    wait_for(lambda: not alive(project))
+    assert (project/'dvc.lock').read_text() == lock
+    assert not [f for f in RESULTS[:3] if (project/f).exists()]
+
+
+@pytest.mark.parametrize('flag, epochs', [('', 90), ('-f', 91)])  # of the same run DVC would remember the result
+def test_an_interrupted_stage_goes_on_or_starts_afresh(done, log, flag, epochs):
+    project, _ = done
+    set_param(project, 'epochs: 3', f'epochs: {epochs}')
+    start(project, log).kill()
+    wait_for(lambda: not alive(project))
+    out = sh(project, f'dvc repro {flag} pretrain').stdout
+    assert (f'epoch 1/{epochs}' in out) == bool(flag) and f'epoch {epochs}/{epochs}' in out
+    assert not list((project/'runs/unfinished').iterdir())
+
+
+def test_several_processes(done):
+    project, _ = done
+    loss = json.loads((project/'runs/metrics/pretrain.json').read_text())['loss']
+    out = sh(project, 'dvc exp run -S profiles.smoke.processes=2').stdout
+    assert stages_of(out) == ['pretrain', 'probe', 'report'] and 'epoch 3/3' in out
+    assert abs(json.loads((project/'runs/metrics/pretrain.json').read_text())['loss'] - loss) < .01
