@@ -119,9 +119,7 @@ def test_forgotten_export(done):
     ('name: vit_tiny_patch16_224', 'name: vit_tinny', "pretrain: timm has no model 'vit_tinny'"),
     ('name: random', 'name: rnd', "pretrain: there is no masking strategy 'rnd'"),
     ('name: random', 'name: blend', "pretrain: masking 'blend' looks at parts and there are none"),
-    ('ratio: 0.75', 'ratio: 0.995', 'pretrain: a mask ratio of 0.995 hides 64 of 64 patches'),
     ('lr: 1.0e-3', 'lr: 1.0e+9', r'pretrain: the loss became nan at step'),
-    ('masking: {name: random, ratio: 0.75}', 'masking: random', 'write it as {name: random, ratio: 0.75}'),
     ('batch: 64', 'batch: 640', 'pretrain: a batch of 640 is more than the 280 training images'),
     ('source: data', 'source: nowhere', 'there is no'),
 ])
@@ -171,7 +169,7 @@ def log(done):
     shutil.rmtree(done[0]/'runs/unfinished', ignore_errors=True)
 
 
-@pytest.mark.parametrize('how, processes', [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGKILL, 1), (signal.SIGKILL, 2)])
+@pytest.mark.parametrize('how, processes', [(signal.SIGINT, 1), (signal.SIGKILL, 1), (signal.SIGKILL, 2)])
 def test_a_stopped_run_leaves_nothing_half_done(done, log, how, processes):
     project, _ = done
     lock = (project/'dvc.lock').read_text()
