@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['features', 'knn', 'fit_linear', 'linear_probe', 'accuracy', 'interval', 'pixels', 'score']
 
-# %% ../nbs/08_evaluate.ipynb #b15bfe8c
+# %% ../nbs/08_evaluate.ipynb #c1176a77
 import math
 
 import torch
 from torch.nn import functional as F
 
-from .data import normalize
+from .data import normalize, whole
 from .vit import autocast, encode, prepare
 
-# %% ../nbs/08_evaluate.ipynb #1901338c
+# %% ../nbs/08_evaluate.ipynb #01c6c21f
 @torch.no_grad()
 def features(encoder,
              data,          # an ImageSet
@@ -24,14 +24,14 @@ def features(encoder,
     prepare(encoder, data.images.device).eval()
     out = {'mean': [], 'cls': [], 'patch': []}
     for imgs in data.images.split(batch):
-        with autocast(imgs.device): tokens = encode(encoder, normalize(imgs.float())).float()
+        with autocast(imgs.device): tokens = encode(encoder, normalize(whole(imgs, encoder.patch_embed.img_size))).float()
         n = encoder.num_prefix_tokens
         out['mean'].append(tokens[:, n:].mean(1))
         if encoder.has_class_token: out['cls'].append(tokens[:, 0])
         if patches: out['patch'].append(tokens[:, n:])
     return {k: torch.cat(v) for k, v in out.items() if v}
 
-# %% ../nbs/08_evaluate.ipynb #9424ea1c
+# %% ../nbs/08_evaluate.ipynb #00a3bfca
 def knn(train, labels, # features (N,D) and classes (N,)
         x,             # features to classify
         k=20, temperature=.07):
@@ -44,7 +44,7 @@ def knn(train, labels, # features (N,D) and classes (N,)
         out.append(votes.scatter_add_(1, labels[near], (sim/temperature).exp()).argmax(1))
     return torch.cat(out)
 
-# %% ../nbs/08_evaluate.ipynb #e2a08f0d
+# %% ../nbs/08_evaluate.ipynb #129981ee
 def fit_linear(x, y, # features (N,D) and classes (N,)
                penalty, steps=200):
     "Weights (D+1,classes) of a multinomial regression with an L2 penalty"
@@ -87,7 +87,7 @@ def interval(p,         # a share
     mid, half = p + z*z/(2*n), z*math.sqrt(p*(1-p)/n + z*z/(4*n*n))
     return tuple((m/(1 + z*z/n)) for m in (mid - half, mid + half))
 
-# %% ../nbs/08_evaluate.ipynb #65f0808b
+# %% ../nbs/08_evaluate.ipynb #d321fe7f
 def pixels(data):
     "The images themselves as features"
     return {'mean': normalize(data.images.float()).flatten(1)}

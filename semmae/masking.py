@@ -7,14 +7,14 @@ __all__ = ['STRATEGIES', 'MAX_PARTS', 'COLOURS', 'n_hidden', 'strategy', 'check_
            'intra_counts', 'inter_counts', 'round_counts', 'split', 'hide_counts', 'hide_parts', 'intra', 'inter',
            'blend', 'ranks', 'hide_lowest', 'attention_high', 'attention_hint', 'spans', 'block', 'colour']
 
-# %% ../nbs/05_masking.ipynb #fc582f95
+# %% ../nbs/05_masking.ipynb #de3ad2d9
 import inspect, math
 
 import torch
 
 from .core import check, draw
 
-# %% ../nbs/05_masking.ipynb #fe60a5d2
+# %% ../nbs/05_masking.ipynb #afbb7191
 def n_hidden(n_patches, ratio):
     "How many of an image's patches to hide"
     check(isinstance(ratio, (int, float)) and 0 <= ratio <= 1, f"`masking.ratio` is {ratio!r}: choose a number between 0 and 1")
@@ -22,7 +22,7 @@ def n_hidden(n_patches, ratio):
     check(0 < n < n_patches, f"a mask ratio of {ratio} hides {n} of {n_patches} patches: choose `masking.ratio` so that some stay and some go")
     return n
 
-# %% ../nbs/05_masking.ipynb #a45039d2
+# %% ../nbs/05_masking.ipynb #4f01c382
 STRATEGIES = {}
 
 def strategy(looks_at=None): # 'parts', 'scores', or None: only the shape of the map counts
@@ -39,6 +39,7 @@ def check_kind(x, looks_at):
     what = dict(parts='part labels: give it a tensor of whole numbers', scores='scores: give it a tensor of floating-point numbers')
     check(torch.is_tensor(x) and x.is_floating_point() == (looks_at == 'scores'), f"this masking strategy looks at {what[looks_at]}")
 
+# %% ../nbs/05_masking.ipynb #df22b61a
 def find_strategy(name, ratio, **options):
     "The strategy of that name with its ratio and options set: a function of (map, gen, progress)"
     check(isinstance(name, str) and name in STRATEGIES, f"there is no masking strategy {name!r}: set `masking.name` to one of {', '.join(STRATEGIES)}")
@@ -53,7 +54,7 @@ def find_strategy(name, ratio, **options):
     hide.looks_at = f.looks_at
     return hide
 
-# %% ../nbs/05_masking.ipynb #1e9f0e27
+# %% ../nbs/05_masking.ipynb #2b6f511f
 @strategy()
 def random(x, ratio, gen, progress=0.):
     "Hide patches uniformly at random"
@@ -61,7 +62,7 @@ def random(x, ratio, gen, progress=0.):
     ids = draw(gen, len(x), x[0].numel()).argsort(1)
     return ids[:, n:], ids[:, :n]
 
-# %% ../nbs/05_masking.ipynb #d8fda5d8
+# %% ../nbs/05_masking.ipynb #72d97a36
 MAX_PARTS = 256  # labels are bytes
 
 def part_sizes(parts):
@@ -86,13 +87,13 @@ def inter_counts(sizes, n, gen):
     left = (n - (mixed.cumsum(1) - mixed)).clamp(min=0)
     return torch.zeros_like(sizes).scatter_(1, order, torch.minimum(mixed, left))
 
-# %% ../nbs/05_masking.ipynb #4b67c092
+# %% ../nbs/05_masking.ipynb #2c3280a5
 def round_counts(counts, gen):
     "Counts (B,N) rounded at random to whole numbers of the same sum, unbiased"
     shift = draw(gen, len(counts), 1).to(counts.dtype)*.9998 + .0001  # clear of rounding errors
     return (counts.cumsum(1) + shift).floor().diff(dim=1, prepend=torch.zeros_like(shift))
 
-# %% ../nbs/05_masking.ipynb #68b12423
+# %% ../nbs/05_masking.ipynb #b4407cd5
 def split(ids, stays, noise, n):
     "Patches `ids` that go, `n` an image, and those that stay, each set in random order: (ids_keep, ids_mask)"
     order = noise.argsort(1)
@@ -112,7 +113,7 @@ def hide_counts(parts,  # (B,h,w)
     stays = rank >= counts.gather(1, label)
     return split(order, stays, noise[:, 1], n)
 
-# %% ../nbs/05_masking.ipynb #448d5f52
+# %% ../nbs/05_masking.ipynb #618ba9cb
 def hide_parts(parts, ratio, gen,
                share,           # of intra, λ; the rest is inter
                background=None):
@@ -146,7 +147,7 @@ def blend(parts, ratio, gen, progress=0., gamma=2., reverse=False, background=No
     share = 1 - progress**gamma
     return hide_parts(parts, ratio, gen, 1 - share if reverse else share, background)
 
-# %% ../nbs/05_masking.ipynb #a8e53137
+# %% ../nbs/05_masking.ipynb #9607978e
 def ranks(x, gen):
     "Rank of every value of (B,L) from the lowest up, equal ones at random"
     order = draw(gen, *x.shape).argsort(1)
@@ -158,6 +159,7 @@ def hide_lowest(x, n, gen):
     ids = torch.arange(x.shape[1], device=x.device).expand_as(x)
     return split(ids, ranks(x, gen) >= n, draw(gen, *x.shape), n)
 
+# %% ../nbs/05_masking.ipynb #30910696
 @strategy('scores')
 def attention_high(scores, ratio, gen, progress=0.):
     "Hide what is attended most"
@@ -175,13 +177,14 @@ def attention_hint(scores, ratio, gen, progress=0., top=.1, show=.5):
     shown = ranks(torch.where(rank < m, draw(gen, len(scores), L), 2.), gen) < min(int(m*show), L - n)
     return hide_lowest(torch.where(shown, L, rank), n, gen)
 
-# %% ../nbs/05_masking.ipynb #2da6523c
+# %% ../nbs/05_masking.ipynb #a94a2659
 def spans(length, cells, u):
     "Which of `cells` in a row are covered by random spans of some length, (B,R,cells); a span may stick out"
     length = length.sqrt().round().clamp(min=1)
     start, cell = (u*(cells + length - 1)).floor() - length + 1, torch.arange(cells, device=u.device)
     return (cell >= start[..., None]) & (cell < (start + length)[..., None])
 
+# %% ../nbs/05_masking.ipynb #f88c046f
 @strategy()
 def block(x, ratio, gen, progress=0.):
     "Hide rectangles of 8 to 25 % of the image, one after another"
@@ -193,6 +196,7 @@ def block(x, ratio, gen, progress=0.):
     row = torch.arange(h*w, device=x.device)//w                                           # the last one is cut from above or from below
     return hide_lowest(first*h + torch.where(draw(gen, len(x), 1) < .5, row, h - 1 - row), n, gen)
 
+# %% ../nbs/05_masking.ipynb #042524f4
 COLOURS = dict(red=lambda blur: blur(2.), blue=lambda blur: 1 - blur(.5),
                green=lambda blur: blur(.5) - blur(2.), purple=lambda blur: 1 - blur(.5) + blur(2.))
 

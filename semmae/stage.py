@@ -5,17 +5,19 @@
 # %% auto #0
 __all__ = ['run_stage', 'forced', 'stale_modules', 'main']
 
-# %% ../nbs/12_stage.ipynb #2f62b02a
+# %% ../nbs/12_stage.ipynb #712f3133
 import os, re, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 
 from .core import SemmaeError, best_device, check, device_name, die_with_parent, write_json
 
-# %% ../nbs/12_stage.ipynb #10e43b3f
+# %% ../nbs/12_stage.ipynb #12114d57
 def run_stage(name,         # a notebook of nbs/pipeline
               profile=''):  # a profile of params.yaml; empty: the notebook's own choice
     "Run a stage's notebook from the project's folder"
-    try: import papermill
+    try:
+        import papermill
+        from nbclient.exceptions import DeadKernelError
     except ModuleNotFoundError: raise SemmaeError("running a stage needs papermill: run `pip install -e '.[dev]'` in a clone")
     source = Path(f'nbs/pipeline/{name}.ipynb')
     check(source.is_file(), f"there is no {source}: run from the project's folder, with the name of a stage")
@@ -31,17 +33,18 @@ def run_stage(name,         # a notebook of nbs/pipeline
                                    extra_arguments=['--IPKernelApp.log_level=ERROR'])
     except papermill.PapermillExecutionError as e:
         sys.exit(f'{name}: {e.evalue}' if e.ename == 'SemmaeError' else f'{name}, cell {e.exec_count}:\n' + '\n'.join(e.traceback))
+    except DeadKernelError: sys.exit(f"{name}: its process was killed, most often for want of memory: lower `{name}.batch` in the profile, or free some")
     except KeyboardInterrupt: sys.exit(f'{name}: stopped')
     write_json(f'runs/times/{name}.json', dict(seconds=round(time.time() - start, 1), device=device_name(best_device())))
 
-# %% ../nbs/12_stage.ipynb #a305c44d
+# %% ../nbs/12_stage.ipynb #9e278cb4
 def forced():
     "Whether DVC was told `-f` or `--force`"
     import psutil  # comes with the kernel that papermill needs
     words = psutil.Process(os.getppid()).cmdline()
     return any('dvc' in w for w in words) and any(re.fullmatch('-[a-z]*f[a-z]*|--force', w) for w in words)
 
-# %% ../nbs/12_stage.ipynb #46597d83
+# %% ../nbs/12_stage.ipynb #3ea53604
 def stale_modules(root='.'):
     "Modules of semmae/ that differ from a fresh export of their notebooks"
     root = Path(root).resolve()
@@ -55,7 +58,7 @@ def stale_modules(root='.'):
         fresh = {p.name: p.read_text() for p in Path(tmp).glob('semmae/*.py')}
     return [f'semmae/{n}' for n in sorted(fresh) if not (root/'semmae'/n).is_file() or (root/'semmae'/n).read_text() != fresh[n]]
 
-# %% ../nbs/12_stage.ipynb #07b3c501
+# %% ../nbs/12_stage.ipynb #5a7753bf
 def main():
     "The command `semmae-stage NAME [PROFILE]`"
     if len(sys.argv) not in (2, 3): sys.exit('usage: semmae-stage NAME [PROFILE]')

@@ -1,5 +1,6 @@
 "Crops and their part maps, against Pillow and against the image itself."
 import csv
+import tarfile
 
 import numpy as np
 import pytest
@@ -146,3 +147,24 @@ def test_bad_sources(source, says, tmp_path, monkeypatch):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
     with pytest.raises(SemmaeError, match=says): load_images(source, root=tmp_path, size=(8, 8))
+
+
+def test_a_stream_is_the_tensor_and_knows_its_files(tmp_path):
+    "From a folder, a tar and a compressed tar; another file is other data"
+    rng = np.random.default_rng(0)
+    for i in range(30): Image.fromarray(rng.integers(0, 256, (rng.integers(20, 90), 50, 3), np.uint8)).save(tmp_path/f'{i}.png')
+    for name, mode in (('', None), ('a.tar', 'w'), ('a.tgz', 'w:gz')):
+        if mode:
+            with tarfile.open(tmp_path.parent/name, mode) as t: t.add(tmp_path, 'photos')
+        source = tmp_path.parent/name if mode else tmp_path
+        stream, = (d.images for d in load_images(source, ['train'], size=(24, 32), stream=True))
+        memory, = (d.images for d in load_images(source, ['train'], size=(24, 32), stream=False))
+        assert torch.equal(torch.cat(list(stream.split(7))), memory)
+    before, again = (load_images(tmp_path, ['train'], size=(24, 32), stream=True)[0].images for _ in range(2))
+    key, path = before.key(), before.src.names[before.all[3]]
+    assert again.key() == key
+    Image.new('RGB', (40, 40)).save(path)
+    after = load_images(tmp_path, ['train'], size=(24, 32), stream=True)[0].images
+    assert after.key() != key
+    open(path, 'w').close()
+    with pytest.raises(SemmaeError, match='is not an image that can be read'): after[torch.tensor([3])]

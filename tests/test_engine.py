@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, environment, wait_for
-from worker import IMAGES, MAPS, cramped, work
+from worker import IMAGES, MAPS, cramped, starved, work
 
 from semmae.core import SemmaeError, read_json
-from semmae.train import run_key
+from semmae.train import launch, run_key
 
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node']
 workers = get_context('forkserver')
@@ -61,7 +61,7 @@ def same(a, b, tolerance):
     assert worst <= tolerance and max(abs(x - y) for x, y in zip(la, lb, strict=True)) <= tolerance, worst
 
 
-@pytest.mark.parametrize('n, options', [(2, {}), (3, {}), (2, dict(accumulate=3)), (1, dict(accumulate=4))])
+@pytest.mark.parametrize('n, options', [(2, {}), (3, {}), (2, dict(accumulate=3)), (1, dict(accumulate=4)), (2, dict(accumulate=2, stream=True))])
 def test_processes_and_turns_give_what_one_gives(exact, tmp_path, n, options):
     "In float32 but for the order of sums. 3 processes and 6 turns do not divide a batch of 16; 16 does not divide the 70 images"
     done = torchrun(tmp_path, n, float32=True, **options)
@@ -144,6 +144,19 @@ def test_nor_of_other_data_or_code(tmp_path):
     assert len(keys | {key(IMAGES, MAPS, code=tmp_path/'semmae')}) == 5
 
 
+def test_a_stream_gives_what_memory_gives(whole, tmp_path):
+    "Bit for bit, and after an interruption"
+    work(tmp_path, stream=True, stop_after=2)
+    work(tmp_path, stream=True)
+    same(tmp_path, whole, 0)
+
+
+def test_no_memory_is_one_sentence(tmp_path):
+    p = workers.Process(target=starved, args=[tmp_path, 2**28])
+    p.start(); p.join()
+    assert (tmp_path/'error').read_text() == 'there is no memory for batches of 70: lower `pretrain.batch`, or raise `pretrain.accumulate`'
+
+
 def test_a_damaged_checkpoint_is_named(tmp_path):
     (tmp_path/'state.pt').write_bytes(b'half a file')
     with pytest.raises(SemmaeError, match='state.pt cannot be read .* remove it to start afresh'): work(tmp_path)
@@ -161,3 +174,7 @@ def test_what_is_chosen_by_value(tmp_path, options):
     work(tmp_path, **options)
     losses = result(tmp_path)[1]
     assert losses[-1] < losses[0]
+
+
+def test_a_mistake_in_several_processes_is_one_sentence(tmp_path):
+    with pytest.raises(SemmaeError, match=r'params.yaml is missing: run from the project.s folder$'): launch('semmae-pretrain', str(tmp_path), processes=2)

@@ -7,9 +7,11 @@ import signal
 import subprocess
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
 from conftest import environment, sh, wait_for
+from nbformat.v4 import new_code_cell, new_notebook
 
 RESULTS = ['runs/pretrain/encoder.safetensors', 'runs/pretrain/loss.csv', 'runs/pretrain/loss.png', 'runs/metrics/probe.json', 'runs/report/index.html']
 
@@ -129,6 +131,15 @@ def test_a_mistake_is_one_sentence(done, old, new, says):
     out = sh(project, 'dvc repro', ok=False)
     assert out.returncode != 0 and says in out.stdout and 'Traceback' not in out.stdout
     assert (project/'dvc.lock').read_text() == sh(project, 'git show HEAD:dvc.lock').stdout
+
+
+def test_a_stage_that_is_killed_says_so(tmp_path):
+    "As the kernel of a machine does when memory is short"
+    (tmp_path/'nbs/pipeline').mkdir(parents=True)
+    cell = new_code_cell('import os, signal\nos.kill(os.getpid(), signal.SIGKILL)')
+    nbformat.write(new_notebook(cells=[cell]), tmp_path/'nbs/pipeline/pretrain.ipynb')
+    out = sh(tmp_path, 'semmae-stage pretrain', ok=False)
+    assert out.returncode != 0 and out.stdout.splitlines()[-1].startswith('pretrain: its process was killed, most often for want of memory: lower `pretrain.batch`')
 
 
 def test_data_not_pulled(done):
