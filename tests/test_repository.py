@@ -9,6 +9,7 @@ import pytest
 import yaml
 from execnb.nbio import read_nb
 
+from semmae.core import read_json
 from semmae.stage import stale_modules
 
 ROOT = Path(__file__).parent.parent
@@ -91,3 +92,11 @@ def test_library_needs_no_development_tool():
         for node in ast.parse(path.read_text()).body:
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
             assert not {n.split('.')[0] for n in names if n} & dev, path
+
+
+def test_the_committed_scores_lie_where_five_seeds_say():
+    "And those of the encoder before training do not"
+    known, here = (read_json(ROOT/p) for p in ('nbs/studies/tiny.json', 'runs/metrics/probe.json'))
+    for name, (lo, hi) in known['intervals'].items():
+        how, target = name.split()
+        assert lo <= 100*here['mae'][how][target] <= hi and not lo <= 100*here['untrained'][how][target] <= hi, name

@@ -121,3 +121,10 @@ def test_weights_that_broke_in_the_last_step_of_an_epoch_are_not_kept(tmp_path):
     with pytest.raises(SemmaeError, match=r'the weights are no longer numbers after step 8 \(epoch 2\).*state.pt holds the state after epoch 1'):
         pretrain(small(Breaks), IMAGES, epochs=4, batch=10, warmup_epochs=1, checkpoint=tmp_path/'state.pt', log=lambda line: None)
     assert all(v.isfinite().all() for v in torch.load(tmp_path/'state.pt')['mae'].values())
+
+
+def test_a_batch_smaller_than_the_processes_is_named(monkeypatch):
+    monkeypatch.setattr('semmae.train.world', lambda: (0, 4))
+    mae = MAE(make_encoder(image=(16, 16), patch_size=8, embed_dim=32, depth=1, num_heads=2), width=32, depth=1, heads=2)
+    with pytest.raises(SemmaeError, match='a batch of 3 cannot be cut into 4 processes × 1 turns: raise `pretrain.batch`'):
+        pretrain(mae, torch.zeros(8, 3, 16, 16, dtype=torch.uint8), epochs=1, batch=3, warmup_epochs=0)
