@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['SPLITS', 'SYNONYMS', 'Source', 'hold_out', 'read_paths', 'hidden', 'folder_source', 'read_at', 'read_tar',
            'tar_source', 'timm_source', 'targets_of', 'class_names', 'sheet_source', 'open_source', 'check_classes',
-           'decode', 'workers', 'Stream', 'fits', 'ImageSet', 'read_targets', 'open_split', 'load_images',
+           'decode', 'workers', 'Stream', 'fits', 'read_all', 'ImageSet', 'read_targets', 'open_split', 'load_images',
            'choose_parts', 'random_boxes', 'random_flips', 'resize_weights', 'crop', 'whole', 'check_labels',
            'crop_parts', 'normalize', 'unnormalize']
 
-# %% ../nbs/01_data.ipynb #dcf2bd00
+# %% ../nbs/01_data.ipynb #815c0952
 import csv, hashlib, importlib.util, io, math, os, tarfile, zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_datase
 
 from .core import SemmaeError, check, draw, generator
 
-# %% ../nbs/01_data.ipynb #59a39bff
+# %% ../nbs/01_data.ipynb #bcabfbb0
 SPLITS = 'train', 'val', 'test'
 
 @dataclass
@@ -33,11 +33,12 @@ class Source:
     names: list            # one name per image, for errors
     splits: list           # train, val or test, one per image
     open: Callable         # index -> PIL image
+    files: list            # that are read
     labels: list = None    # class names, one per image; None: no labels
     kinds: Callable = None # class name -> a coarser class, where there is one
     parts: Callable = None # index -> (h,w) uint8 map of true parts
 
-# %% ../nbs/01_data.ipynb #ac05391f
+# %% ../nbs/01_data.ipynb #8e761b59
 def hold_out(names, splits, labels=None):
     "`splits` with the missing val and test taken from train, a tenth of every class each"
     splits, groups = list(splits), {}
@@ -51,7 +52,7 @@ def hold_out(names, splits, labels=None):
             for i in ids[k*n:(k+1)*n]: splits[i] = s
     return splits
 
-# %% ../nbs/01_data.ipynb #f0435a41
+# %% ../nbs/01_data.ipynb #6d80ceb8
 SYNONYMS = {'training': 'train', 'valid': 'val', 'validation': 'val', 'testing': 'test'}
 
 def read_paths(paths):
@@ -73,7 +74,7 @@ def read_paths(paths):
     check(not stray, f"{stray and stray[0]} lies outside the class folders: move it into one of them")
     return names, splits, labels
 
-# %% ../nbs/01_data.ipynb #0bc4431d
+# %% ../nbs/01_data.ipynb #33a0d997
 def hidden(path): return any(p.startswith('.') for p in Path(path).parts)
 
 def folder_source(path):
@@ -82,9 +83,9 @@ def folder_source(path):
     files = sorted(p for p in path.rglob('*') if not p.is_dir() and not hidden(p.relative_to(path)))
     check(files, f"{path} holds no images: set `data.source` to a folder that does")
     names, splits, labels = read_paths([str(f.relative_to(path)) for f in files])
-    return Source([str(f) for f in files], hold_out(names, splits, labels), lambda i: Image.open(files[i]), labels)
+    return Source([str(f) for f in files], hold_out(names, splits, labels), lambda i: Image.open(files[i]), files, labels)
 
-# %% ../nbs/01_data.ipynb #b20922d5
+# %% ../nbs/01_data.ipynb #03402854
 def read_at(path, start, size):
     "`size` bytes of a file"
     with open(path, 'rb') as f:
@@ -112,9 +113,9 @@ def tar_source(path):
     check(blobs, f"{path} holds no images: set `data.source` to a tar file that does")
     paths = sorted(blobs)
     names, splits, labels = read_paths(paths)
-    return Source([f'{path}:{p}' for p in paths], hold_out(names, splits, labels), lambda i: Image.open(io.BytesIO(blobs[paths[i]]())), labels)
+    return Source([f'{path}:{p}' for p in paths], hold_out(names, splits, labels), lambda i: Image.open(io.BytesIO(blobs[paths[i]]())), [path], labels)
 
-# %% ../nbs/01_data.ipynb #098641f5
+# %% ../nbs/01_data.ipynb #ec779b5d
 def timm_source(name,       # torch/cifar10, hfds/…
                 root=None): # where it is kept; None: ~/.cache/semmae
     "A dataset that timm knows by name"
@@ -134,7 +135,7 @@ def timm_source(name,       # torch/cifar10, hfds/…
     splits = ['train']*len(train) + ['test']*len(test)
     labels = class_names([t for d in (train, test) for t in targets_of(d)], getattr(train, 'classes', None))
     def open(i): d, k = where[i]; return d[k][0]
-    return Source(names, hold_out(names, splits, labels), open, labels)
+    return Source(names, hold_out(names, splits, labels), open, [], labels)
 
 def targets_of(data):
     "The targets of a timm or torchvision dataset, without decoding images where it can be helped"
@@ -146,7 +147,7 @@ def class_names(targets, classes=None):
     if any(t is None or int(t) < 0 for t in targets): return None
     return [str(classes[int(t)]) if classes else f'{int(t):04d}' for t in targets]
 
-# %% ../nbs/01_data.ipynb #60556d4d
+# %% ../nbs/01_data.ipynb #6e9b40ed
 def sheet_source(path,
                  tile=64): # side of a tile
     "The demo's tile sheets, with true parts"
@@ -169,9 +170,9 @@ def sheet_source(path,
         y, x = divmod(k, im.width//tile)
         return im.crop((x*tile, y*tile, (x+1)*tile, (y+1)*tile))
     return Source([f'{path}/{s}.jpg#{k}' for s, k in place], [s for s, _ in place], lambda i: cut(pixels[place[i][0]], place[i][1]),
-                  [r['class'] for r in rows], lambda c: c.split('-')[0], lambda i: np.asarray(cut(parts[place[i][0]], place[i][1])))
+                  [path/f'{s}.jpg' for s in count], [r['class'] for r in rows], lambda c: c.split('-')[0], lambda i: np.asarray(cut(parts[place[i][0]], place[i][1])))
 
-# %% ../nbs/01_data.ipynb #6b110f89
+# %% ../nbs/01_data.ipynb #5941e1d3
 def open_source(source,   # folder, tar file, or timm's name
                 root='.'): # what relative paths start from
     "The source that `source` names, its classes checked"
@@ -195,7 +196,7 @@ def check_classes(src):
             check(len(where) == 3, f"class {c!r} has images in {' and '.join(where)} only: give it some in train, val and test, or remove it")
     return src
 
-# %% ../nbs/01_data.ipynb #710b2079
+# %% ../nbs/01_data.ipynb #6522fe66
 def decode(src, i, size, channels=3):
     "Image `i` of a source as a (C,H,W) uint8 array"
     try:
@@ -211,7 +212,7 @@ def workers():
     "A pool of this process's share of the cores; Pillow decodes in threads side by side"
     return ThreadPoolExecutor(max(1, os.cpu_count()//int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
 
-# %% ../nbs/01_data.ipynb #ae0dabf9
+# %% ../nbs/01_data.ipynb #b83ba3d2
 class Stream:
     "What a tensor of decoded images would give, decoded when asked for"
     def __init__(self, src, ids, size, channels=3, device='cpu'):
@@ -225,6 +226,8 @@ class Stream:
         "Start to decode what will be asked for"
         for i in ids.tolist():
             if i not in self.coming: self.coming[i] = self.pool.submit(decode, self.src, self.all[i], self.size, self.channels)
+        room = max(2*len(ids), 2**30//math.prod(self.shape[1:]))
+        for i in list(self.coming)[:-room]: self.coming.pop(i).cancel()  # nobody came for them
 
     def __getitem__(self, ids):
         self.expect(ids)
@@ -241,16 +244,26 @@ class Stream:
 
     def key(self):
         "What tells this data from other data, short of reading it"
-        stat = lambda p: (os.stat(p).st_size, os.stat(p).st_mtime_ns) if os.path.isfile(p) else None
-        return repr([(self.shape, self.all)] + [(n, stat(n), stat(n.split(':')[0])) for n in (self.src.names[i] for i in self.all)]).encode()
+        files = [(str(f), s.st_size, s.st_mtime_ns) for f in self.src.files for s in [os.stat(f)]]
+        return repr((self.shape, [self.src.names[i] for i in self.all], files)).encode()
 
 def fits(size):
-    "Whether so many bytes take less than half of the memory, the GPU's included"
-    room = [os.sysconf('SC_PHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')//int(os.environ.get('LOCAL_WORLD_SIZE', 1))]
+    "Whether so many bytes take less than half of the memory, the GPU's and a container's included"
+    room, limit = [os.sysconf('SC_PHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')], Path('/sys/fs/cgroup/memory.max')
+    if limit.is_file() and limit.read_text().strip().isdigit(): room.append(int(limit.read_text()))
+    room = [r//int(os.environ.get('LOCAL_WORLD_SIZE', 1)) for r in room]
     if torch.cuda.is_available(): room.append(torch.cuda.mem_get_info()[1])
     return size < min(room)/2
 
-# %% ../nbs/01_data.ipynb #2b102952
+def read_all(stream):
+    "A stream's images as one tensor"
+    try: images = torch.empty(stream.shape, dtype=torch.uint8)
+    except RuntimeError as e:
+        raise SemmaeError(f"there is no memory for {len(stream)} images of {stream.shape[2]}×{stream.shape[3]}: set `data.stream` to true, or lower `data.size`") from e
+    for ids, part in zip(torch.arange(len(stream)).split(1024), stream.split(1024)): images[ids] = part
+    return images
+
+# %% ../nbs/01_data.ipynb #a2751832
 @dataclass
 class ImageSet:
     "One split"
@@ -264,7 +277,7 @@ class ImageSet:
         move = lambda x: None if x is None else x.to(device)
         return ImageSet(move(self.images), {k: move(v) for k, v in self.targets.items()}, self.classes, move(self.parts))
 
-# %% ../nbs/01_data.ipynb #429a18c0
+# %% ../nbs/01_data.ipynb #c861dff7
 def read_targets(src, ids):
     "Targets of images `ids` by name, and the names of their classes"
     if not src.labels: return {}, {}
@@ -272,29 +285,32 @@ def read_targets(src, ids):
     names = {k: sorted({f(c) for c in src.labels}) for k, f in coarse.items()}
     return {k: torch.tensor([names[k].index(f(src.labels[i])) for i in ids]) for k, f in coarse.items()}, names
 
-# %% ../nbs/01_data.ipynb #6235dade
+# %% ../nbs/01_data.ipynb #1036fa43
 def open_split(src,         # a Source
                split,       # train, val or test
                size,        # (height, width)
                channels=3,  # 3: colour, 1: grey
                limit=None,  # take this many images: a sample that is always the same
-               stream=None): # decode when asked for; None: when it does not fit
+               stream=False): # decode when asked for
     "One split of a source, decoded or as a stream"
-    check(channels in (1, 3), f"`data.channels` is {channels}: images are read with 1 or 3")
-    check(np.shape(size) == (2,), f"`data.size` is {size}: set it to [height, width]")
-    check(limit is None or limit > 0, f"`data.limit` is {limit}: set it to a number of images, or to null for all")
     ids = [i for i, s in enumerate(src.splits) if s == split]
     check(ids, f"the source has no images for {split}: add some")
     if limit: ids = [ids[k] for k in sorted(torch.randperm(len(ids), generator=generator('limit'))[:limit].tolist())]
     images = Stream(src, ids, size, channels)
-    if not stream and (stream is False or fits(math.prod(images.shape))): images = torch.cat(list(images.split(1024)))
     parts = torch.from_numpy(np.stack([src.parts(i) for i in ids])) if src.parts else None
-    return ImageSet(images, *read_targets(src, ids), parts)
+    return ImageSet(images if stream else read_all(images), *read_targets(src, ids), parts)
 
-def load_images(source, splits=SPLITS, root='.', **kw):
+def load_images(source, splits=SPLITS, root='.', *, size, channels=3, limit=None,
+                stream=None): # None: when the images do not fit
     "The splits of a source: what stages start with"
+    check(channels in (1, 3), f"`data.channels` is {channels}: images are read with 1 or 3")
+    check(np.shape(size) == (2,) and all(isinstance(n, int) and n > 0 for n in size), f"`data.size` is {size}: set it to [height, width]")
+    check(limit is None or isinstance(limit, int) and limit > 0, f"`data.limit` is {limit}: set it to a number of images, or to null for all")
+    check(stream in (None, True, False), f"`data.stream` is {stream!r}: set it to true, false, or null for what fits")
     src = open_source(source, root)
-    return [open_split(src, s, **kw) for s in splits]
+    number = sum(min(limit or len(src.splits), src.splits.count(s)) for s in splits)
+    if stream is None: stream = not fits(number*channels*math.prod(size))
+    return [open_split(src, s, size, channels, limit, stream) for s in splits]
 
 def choose_parts(data,    # an ImageSet
                  source): # none, or given: the maps that come with the images
@@ -303,7 +319,7 @@ def choose_parts(data,    # an ImageSet
     check(source == 'none' or data.parts is not None, "`parts.source` is given, but the images come without part maps: set it to none")
     return data.parts if source == 'given' else None
 
-# %% ../nbs/01_data.ipynb #ae34d819
+# %% ../nbs/01_data.ipynb #aecc4390
 def random_boxes(n, gen,             # how many, and from which generator
                  size,               # (height, width) of the frame, for the aspect ratio
                  scale=(.2, 1.),     # area of the crop as a share of the frame
@@ -324,7 +340,7 @@ def random_flips(n, gen):
     "Which of `n` images to mirror"
     return draw(gen, n) < .5
 
-# %% ../nbs/01_data.ipynb #aa113c57
+# %% ../nbs/01_data.ipynb #1e3562b0
 def resize_weights(start, length,   # (B,) of the box along one axis, in fractions
                    n_in, n_out,     # cells before and after
                    kernel='linear'):
@@ -369,7 +385,7 @@ def crop_parts(parts,     # (B,h,w) labels on any grid
     each = parts[:, None] == torch.arange(n_parts, device=parts.device)[:, None, None]  # (B,n_parts,h,w)
     return crop(each, boxes, flips, size, 'area').argmax(1)
 
-# %% ../nbs/01_data.ipynb #56cddd4a
+# %% ../nbs/01_data.ipynb #9572d822
 def normalize(x):
     "Pixels of 0–255 to the mean and deviation that pretrained encoders expect"
     stats = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD

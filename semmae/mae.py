@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['CrossBlock', 'Decoder', 'MAE', 'reconstruct', 'save_mae', 'load_mae']
 
-# %% ../nbs/06_mae.ipynb #4bb986e8
+# %% ../nbs/06_mae.ipynb #6ef9c360
+import hashlib, math
 from functools import partial
 
 import torch
@@ -13,11 +14,12 @@ from safetensors.torch import save_file
 from timm.layers import Mlp
 from timm.models.vision_transformer import Block
 from torch import nn
+from torch.nn import functional as F
 
 from .core import SemmaeError, atomic, blank, check, patchify, unpatchify
 from .vit import encode, gather, init_mae, load_encoder, read_weights, save_encoder, sincos
 
-# %% ../nbs/06_mae.ipynb #b41831a6
+# %% ../nbs/06_mae.ipynb #899641e1
 class CrossBlock(nn.Module):
     "A block whose tokens look at others than themselves"
     def __init__(self, width, heads, norm):
@@ -30,7 +32,7 @@ class CrossBlock(nn.Module):
         x = x + self.attn(self.norm1(x), seen, seen, need_weights=False)[0]
         return x + self.mlp(self.norm2(x))
 
-# %% ../nbs/06_mae.ipynb #f08f4c6f
+# %% ../nbs/06_mae.ipynb #00883ba6
 class Decoder(nn.Module):
     "From the tokens of kept patches to the pixels of hidden ones"
     def __init__(self, kind, encoder, grid, width, depth, heads):
@@ -59,7 +61,7 @@ class Decoder(nn.Module):
             for block in self.blocks: hidden = block(hidden, seen)
         return self.head(self.norm(hidden))                                  # (B,M,patch²·C)
 
-# %% ../nbs/06_mae.ipynb #d1f13f0a
+# %% ../nbs/06_mae.ipynb #3cbdfa2a
 class MAE(nn.Module):
     "Encoder, decoder and loss of a masked autoencoder"
     def __init__(self,
@@ -96,9 +98,17 @@ class MAE(nn.Module):
     def target(self, imgs):
         x = patchify(imgs, self.patch)
         if not self.norm_pixels: return x
-        return (x - x.mean(2, keepdim=True))/(x.var(2, keepdim=True) + 1e-6).sqrt()
+        shrink = 1 - 1/x.shape[2]  # MAE divides by the unbiased variance, layer_norm by the biased one
+        return F.layer_norm(x, x.shape[2:], eps=1e-6*shrink)*math.sqrt(shrink)
 
-# %% ../nbs/06_mae.ipynb #65f93d25
+    def key(self):
+        "What makes this model this model, its weights as they are included"
+        h = hashlib.blake2b(repr((str(self), self.share, self.norm_pixels, self.decoder.kind, self.encoder.patch_embed.img_size,
+                                  [m.num_heads for m in self.modules() if hasattr(m, 'num_heads')])).encode(), digest_size=16)
+        for v in self.state_dict().values(): h.update(v.detach().cpu().contiguous().numpy())
+        return h.hexdigest()
+
+# %% ../nbs/06_mae.ipynb #50294d3f
 @torch.no_grad()
 def reconstruct(mae, imgs, ids_keep, ids_mask):
     "(masked, painted) images, both (B,C,H,W) and normalised like `imgs`"
@@ -110,7 +120,7 @@ def reconstruct(mae, imgs, ids_keep, ids_mask):
     painted = patches.scatter(1, ids_mask[..., None].expand(-1, -1, patches.shape[2]), pred)
     return blank(imgs, ids_mask, mae.patch), unpatchify(painted, mae.patch, imgs.shape[2:])
 
-# %% ../nbs/06_mae.ipynb #59dba2a0
+# %% ../nbs/06_mae.ipynb #6b502c11
 def save_mae(mae, folder):
     "`encoder.safetensors` and `decoder.safetensors` in a folder"
     save_encoder(mae.encoder, f'{folder}/encoder.safetensors')

@@ -6,7 +6,7 @@
 __all__ = ['TINY', 'CONTENDERS', 'write_folder', 'ours', 'stand_ins', 'loader', 'facebook', 'hugging', 'main', 'peak_memory',
            'measure']
 
-# %% ../nbs/13_speed.ipynb #ef75d5f6
+# %% ../nbs/13_speed.ipynb #0be4e165
 import json, os, subprocess, sys, tempfile, time, types
 from contextlib import nullcontext, redirect_stdout
 from functools import partial
@@ -25,7 +25,7 @@ from .mae import MAE
 from .train import join, pretrain, world
 from .vit import make_encoder, prepare
 
-# %% ../nbs/13_speed.ipynb #e3033840
+# %% ../nbs/13_speed.ipynb #fbb81518
 def write_folder(source, folder, quality=92):
     "The images of a source as JPEG files in folder/split/class/"
     for i in range(len(source.names)):
@@ -35,8 +35,9 @@ def write_folder(source, folder, quality=92):
 
 TINY = dict(image=64, patch=8, width=128, depth=6, heads=4, decoder_width=96, decoder_depth=1, decoder_heads=2)
 
-# %% ../nbs/13_speed.ipynb #656a81f5
+# %% ../nbs/13_speed.ipynb #f5dcc505
 def ours(lap, folder, model, batch, epochs, device, float32=False):
+    lap(None)
     if float32: train.autocast = lambda device: nullcontext()
     data, = load_images(folder, ['train'], size=(model['image'],)*2)
     encoder = make_encoder(image=(model['image'],)*2, patch_size=model['patch'], embed_dim=model['width'], depth=model['depth'], num_heads=model['heads'])
@@ -44,7 +45,7 @@ def ours(lap, folder, model, batch, epochs, device, float32=False):
     pretrain(mae, data.to(device).images, epochs=epochs, batch=batch, warmup_epochs=0, log=lap)
     return mae
 
-# %% ../nbs/13_speed.ipynb #e4c9dc65
+# %% ../nbs/13_speed.ipynb #80ea4c8b
 def stand_ins():
     "What facebookresearch/mae imports and today's libraries no longer have"
     import timm.models.vision_transformer as vit
@@ -69,6 +70,7 @@ def facebook(lap, folder, model, batch, epochs, device, path, workers):
     import models_mae
     from engine_pretrain import train_one_epoch
     from util.misc import NativeScalerWithGradNormCount
+    lap(None)
     mae = models_mae.MaskedAutoencoderViT(
         img_size=model['image'], patch_size=model['patch'], embed_dim=model['width'], depth=model['depth'], num_heads=model['heads'], decoder_embed_dim=model['decoder_width'],
         decoder_depth=model['decoder_depth'], decoder_num_heads=model['decoder_heads'], norm_layer=partial(nn.LayerNorm, eps=1e-6), norm_pix_loss=True).to(device)
@@ -81,9 +83,10 @@ def facebook(lap, folder, model, batch, epochs, device, path, workers):
         lap(epoch)
     return mae
 
-# %% ../nbs/13_speed.ipynb #4e525a42
+# %% ../nbs/13_speed.ipynb #595e7ee0
 def hugging(lap, folder, model, batch, epochs, device, workers, bfloat16, attention='sdpa'):
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
+    lap(None)
     mae = ViTMAEForPreTraining(ViTMAEConfig(
         image_size=model['image'], patch_size=model['patch'], hidden_size=model['width'], num_hidden_layers=model['depth'], num_attention_heads=model['heads'],
         intermediate_size=4*model['width'], decoder_hidden_size=model['decoder_width'], decoder_num_hidden_layers=model['decoder_depth'],
@@ -98,7 +101,7 @@ def hugging(lap, folder, model, batch, epochs, device, workers, bfloat16, attent
         lap(epoch)
     return mae
 
-# %% ../nbs/13_speed.ipynb #327f8ad3
+# %% ../nbs/13_speed.ipynb #f3ddbd87
 CONTENDERS = {f.__name__: f for f in (ours, facebook, hugging)}
 
 def main():
@@ -106,7 +109,7 @@ def main():
     job = json.loads(sys.argv[1])
     name, threads, images = job.pop('contender'), job.pop('threads'), job.pop('images')
     torch.set_num_threads(threads)
-    device, laps = join(best_device()), [time.time()]
+    device, laps = join(best_device()), []
     def lap(_):
         if device.type == 'cuda': torch.cuda.synchronize()
         laps.append(time.time())

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['run_stage', 'forced', 'stale_modules', 'main']
 
-# %% ../nbs/12_stage.ipynb #712f3133
+# %% ../nbs/12_stage.ipynb #fee8b7ad
 import os, re, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 
 from .core import SemmaeError, best_device, check, device_name, die_with_parent, write_json
 
-# %% ../nbs/12_stage.ipynb #12114d57
+# %% ../nbs/12_stage.ipynb #d1a6d168
 def run_stage(name,         # a notebook of nbs/pipeline
               profile=''):  # a profile of params.yaml; empty: the notebook's own choice
     "Run a stage's notebook from the project's folder"
@@ -24,8 +24,7 @@ def run_stage(name,         # a notebook of nbs/pipeline
     Path('runs').mkdir(exist_ok=True)
     sys.stdout.reconfigure(line_buffering=True)
     die_with_parent()  # and the kernel watches this process and goes with it
-    if forced(): shutil.rmtree('runs/unfinished', ignore_errors=True)
-    for half in Path('runs/unfinished').glob('.*'): half.unlink()  # files that a killed run was writing
+    if forced(): Path(f'runs/unfinished/{name}.pt').unlink(missing_ok=True)
     start = time.time()
     try:
         papermill.execute_notebook(source, f'runs/{name}.ipynb', parameters=dict(profile=profile) if profile else {}, kernel_name='python3',
@@ -37,14 +36,14 @@ def run_stage(name,         # a notebook of nbs/pipeline
     except KeyboardInterrupt: sys.exit(f'{name}: stopped')
     write_json(f'runs/times/{name}.json', dict(seconds=round(time.time() - start, 1), device=device_name(best_device())))
 
-# %% ../nbs/12_stage.ipynb #9e278cb4
+# %% ../nbs/12_stage.ipynb #db8e2ba8
 def forced():
     "Whether DVC was told `-f` or `--force`"
     import psutil  # comes with the kernel that papermill needs
     words = psutil.Process(os.getppid()).cmdline()
     return any('dvc' in w for w in words) and any(re.fullmatch('-[a-z]*f[a-z]*|--force', w) for w in words)
 
-# %% ../nbs/12_stage.ipynb #3ea53604
+# %% ../nbs/12_stage.ipynb #b8e68928
 def stale_modules(root='.'):
     "Modules of semmae/ that differ from a fresh export of their notebooks"
     root = Path(root).resolve()
@@ -58,7 +57,7 @@ def stale_modules(root='.'):
         fresh = {p.name: p.read_text() for p in Path(tmp).glob('semmae/*.py')}
     return [f'semmae/{n}' for n in sorted(fresh) if not (root/'semmae'/n).is_file() or (root/'semmae'/n).read_text() != fresh[n]]
 
-# %% ../nbs/12_stage.ipynb #5a7753bf
+# %% ../nbs/12_stage.ipynb #b222d5a0
 def main():
     "The command `semmae-stage NAME [PROFILE]`"
     if len(sys.argv) not in (2, 3): sys.exit('usage: semmae-stage NAME [PROFILE]')

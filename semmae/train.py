@@ -4,29 +4,29 @@
 
 # %% auto #0
 __all__ = ['lr_at', 'Shuffled', 'Batches', 'open_masking', 'open_guide', 'world', 'join', 'launch', 'run_key', 'Checkpoint',
-           'gradients', 'check_finite', 'enough_memory', 'clock', 'run_epochs', 'pretrain', 'plot_loss',
-           'pretrain_stage', 'main']
+           'gradients', 'check_finite', 'enough_memory', 'clock', 'check_numbers', 'make_optimizer', 'run_epochs',
+           'pretrain', 'plot_loss', 'pretrain_stage', 'main']
 
-# %% ../nbs/07_train.ipynb #b48a8dd9
-import hashlib, inspect, math, os, subprocess, sys, tempfile, time
+# %% ../nbs/07_train.ipynb #e3545eb1
+import hashlib, inspect, json, math, os, subprocess, sys, tempfile, time
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import torch
+import numpy as np, timm, torch
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from .core import SemmaeError, atomic, best_device, check, generator, read_params, write_csv, write_json
+from .core import SemmaeError, atomic, best_device, check, die_with_parent, generator, read_params, write_csv, write_json
 from .data import Stream, check_labels, choose_parts, crop, crop_parts, load_images, normalize, random_boxes, random_flips
 from .mae import MAE, save_mae
 from .masking import MAX_PARTS, check_kind, find_strategy
 from .vit import autocast, make_encoder, prepare
 
-# %% ../nbs/07_train.ipynb #68753216
+# %% ../nbs/07_train.ipynb #50e51948
 def lr_at(step,      # counted from 0
           steps,     # in the whole run
           warmup,    # steps until the peak
@@ -35,11 +35,11 @@ def lr_at(step,      # counted from 0
     if step < warmup: return peak*(step + 1)/warmup
     return peak*.5*(1 + math.cos(math.pi*(step - warmup)/max(1, steps - warmup)))
 
-# %% ../nbs/07_train.ipynb #bd47f7fb
+# %% ../nbs/07_train.ipynb #a23d31ed
 class Shuffled:
     "Which images every step sees, and what else is random in it: functions of (seed, step)"
     def __init__(self, images, epochs, batch, seed, name='pretrain'):
-        check(all(isinstance(n, int) and n > 0 for n in (epochs, batch)), f"`{name}` has {epochs} epochs and batches of {batch}: choose whole numbers, at least 1")
+        check(all(type(n) is int and n > 0 for n in (epochs, batch)), f"`{name}` has {epochs} epochs and batches of {batch}: choose whole numbers, at least 1")
         check(batch <= len(images), f"a batch of {batch} is more than the {len(images)} training images: lower `{name}.batch`")
         self.images, self.batch, self.seed = images, batch, seed
         self.per_epoch = len(images)//batch
@@ -60,7 +60,7 @@ class Shuffled:
         if isinstance(self.images, Stream) and step + 1 < self.steps: self.images.expect(self.ids(step + 1)[rows])
         return ids, images, lambda *purpose: generator(self.seed, *purpose, step, device=images.device, rows=(rows.start, self.batch))
 
-# %% ../nbs/07_train.ipynb #8ba07e7f
+# %% ../nbs/07_train.ipynb #05c96fc5
 class Batches(Shuffled):
     "What every step of a run sees: (imgs, ids_keep, ids_mask)"
     def __init__(self,
@@ -75,7 +75,7 @@ class Batches(Shuffled):
                  size=None,           # (height, width) of the crops; None: that of the images
                  seed=0):
         super().__init__(images, epochs, batch, seed)
-        check(0 < crop_scale[0] <= crop_scale[1] <= 1, f"`pretrain.crop_scale` is {crop_scale}: choose two shares of the frame, the smaller first")
+        check(np.shape(crop_scale) == (2,) and all(type(s) in (int, float) for s in crop_scale) and 0 < crop_scale[0] <= crop_scale[1] <= 1, f"`pretrain.crop_scale` is {crop_scale}: choose two shares of the frame, the smaller first")
         self.grid, self.scale, self.size = grid, crop_scale, tuple(size or images.shape[2:])
         self.hide = open_masking(masking, grid)
         self.guide, self.values = open_guide(guide, self.hide.looks_at, masking, len(images), n_parts)
@@ -95,7 +95,7 @@ class Batches(Shuffled):
         if self.values is None: return crop(guide[:, None], boxes, flips, self.grid)[:, 0]
         return self.values[crop_parts(guide, boxes, flips, self.grid, len(self.values))]
 
-# %% ../nbs/07_train.ipynb #8a5a8b0f
+# %% ../nbs/07_train.ipynb #d5b59244
 def open_masking(masking, grid):
     "The masking that a parameter describes"
     check(isinstance(masking, dict) and {'name', 'ratio'} <= set(masking), f"`pretrain.masking` is {masking!r}: write it as {{name: random, ratio: 0.75}}")
@@ -120,7 +120,7 @@ def open_guide(guide, looks_at, masking, n_images, n_parts=None):
     new[values] = torch.arange(len(values), dtype=torch.uint8, device=guide.device)
     return new[labels.int()], values
 
-# %% ../nbs/07_train.ipynb #808f331b
+# %% ../nbs/07_train.ipynb #f0c123dd
 def world():
     "The number of this process and how many there are, as torchrun says"
     return int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
@@ -128,12 +128,16 @@ def world():
 def join(device):
     "Join the other processes, if there are any; the device of this one"
     if world()[1] == 1: return device
-    if device.type == 'cuda': device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
+    if device.type == 'cuda':
+        rank, gpus = int(os.environ['LOCAL_RANK']), torch.cuda.device_count()
+        check(rank < gpus, f"there are more processes than the {gpus} GPUs here: lower `processes`")
+        torch.cuda.set_device(device := torch.device('cuda', rank))
     if not dist.is_initialized(): dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
     return device
 
 def launch(program, *args, processes):
     "Run `program args` in several processes of this machine; none of them outlives this one"
+    check(type(processes) is int and processes > 0, f"`processes` is {processes!r}: set it to a whole number, at least 1")
     agent = 'from semmae.core import die_with_parent; die_with_parent(); from torch.distributed.run import main; main()'
     command = [sys.executable, '-c', agent, '--standalone', f'--nproc-per-node={processes}', '--no-python', Path(sys.executable).with_name(program), *args]
     with tempfile.TemporaryFile('w+') as file:  # a pipe that nobody reads meanwhile would fill and stop them
@@ -142,12 +146,14 @@ def launch(program, *args, processes):
         file.seek(0)
         errors = file.read()
     said = [line.split('semmae: ', 1)[1] for line in errors.splitlines() if 'semmae: ' in line]
+    if 'Signal 9' in errors: said.append('one of the processes was killed, most often for want of memory: lower `pretrain.batch`, or raise `pretrain.accumulate`')
     check(run.returncode == 0, said[0] if said else f'a process died: {errors[-2000:]}')
 
-# %% ../nbs/07_train.ipynb #c56629e0
+# %% ../nbs/07_train.ipynb #6243368d
 def run_key(images, guide, code=Path(inspect.getfile(check)).parent, **params):
     "A hash of what makes a run this run: its data, parameters and code"
-    h = hashlib.blake2b(repr((sorted(params.items()), torch.__version__)).encode(), digest_size=16)
+    params = json.dumps(params, sort_keys=True, default=repr)
+    h = hashlib.blake2b(repr((params, torch.__version__, timm.__version__)).encode(), digest_size=16)
     for x in (images, guide):
         if x is not None: h.update(x.key() if isinstance(x, Stream) else x.cpu().contiguous().numpy())
     for module in ('core', 'data', 'vit', 'masking', 'mae', 'train'): h.update((code/f'{module}.py').read_bytes())
@@ -159,13 +165,19 @@ class Checkpoint:
         self.path, self.key, self.parts = Path(path), key, {k: v for k, v in parts.items() if v is not None}
 
     def load(self):
-        "Continue the run: its history, empty when there is nothing to continue"
-        if not self.path.exists(): return []
-        try: state = torch.load(self.path, map_location='cpu', weights_only=True)
-        except Exception as e: raise SemmaeError(f'{self.path} cannot be read ({type(e).__name__}): remove it to start afresh') from e  # damage has many names
-        if state['key'] != self.key: return []
+        "Continue the run: its history, empty when there is nothing to continue. The first process reads, for all"
+        state = [self.read() if world()[0] == 0 else None]
+        if world()[1] > 1: dist.broadcast_object_list(state)
+        state = state[0]
+        if state is None or state['key'] != self.key: return []
         for k, v in self.parts.items(): v.load_state_dict(state[k])
         return state['history']
+
+    def read(self):
+        for half in self.path.parent.glob(f'.*-{self.path.name}'): half.unlink()  # that a killed run was writing
+        if not self.path.exists(): return None
+        try: return torch.load(self.path, map_location='cpu', weights_only=True)
+        except Exception as e: raise SemmaeError(f'{self.path} cannot be read ({type(e).__name__}): remove it to start afresh') from e  # damage has many names
 
     def save(self, history):
         try:
@@ -173,7 +185,7 @@ class Checkpoint:
         except (OSError, RuntimeError) as e:
             raise SemmaeError(f'{self.path} cannot be written ({e}): make room on the disk and run again, it goes on after epoch {len(history) - 1}') from e
 
-# %% ../nbs/07_train.ipynb #8b7bea18
+# %% ../nbs/07_train.ipynb #0b63999d
 def gradients(model, batches, step, accumulate):
     "Gradients of this process's share of a batch, in turns; its share of the loss"
     (rank, ranks), total = world(), 0.
@@ -186,7 +198,7 @@ def gradients(model, batches, step, accumulate):
         total = total + loss.detach()*weight
     return total
 
-# %% ../nbs/07_train.ipynb #a37ccc2a
+# %% ../nbs/07_train.ipynb #48986f40
 def check_finite(losses, # of an epoch's steps
                  model, epoch, name, keep):
     "Stop when a loss or a weight of the epoch is no longer a number"
@@ -209,7 +221,24 @@ def clock(seconds):
     "Seconds as minutes:seconds"
     return f'{int(seconds)//60}:{int(seconds)%60:02d}'
 
-# %% ../nbs/07_train.ipynb #e7ddada0
+# %% ../nbs/07_train.ipynb #464e53cc
+def check_numbers(epochs, batch, lr, warmup_epochs, weight_decay, clip, accumulate, ema):
+    "What has to be a number is one, and in its range"
+    whole = dict(epochs=epochs, batch=batch, accumulate=accumulate)
+    real = dict(lr=lr, warmup_epochs=warmup_epochs, weight_decay=weight_decay, clip=clip or 0., ema=ema or 0.)
+    for k, v in whole.items(): check(type(v) is int and v > 0, f"`pretrain.{k}` is {v!r}: choose a whole number, at least 1")
+    for k, v in real.items(): check(type(v) in (int, float) and v >= 0, f"`pretrain.{k}` is {v!r}: choose a number, at least 0")
+    check(real['ema'] < 1, f"`pretrain.ema` is {ema}: choose a decay below 1")
+    check(warmup_epochs <= epochs, f"`pretrain.warmup_epochs` is {warmup_epochs} of {epochs} epochs: choose at most as many as `pretrain.epochs`")
+
+def make_optimizer(model, optimizer, **kw):
+    "An optimiser of timm's from its name, or its name and options"
+    options = dict(opt=optimizer) if isinstance(optimizer, str) else optimizer
+    try: return create_optimizer_v2(model, **kw, **options)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as e:
+        raise SemmaeError(f"timm cannot make the optimiser {optimizer!r} ({e}): correct `pretrain.optimizer`") from e
+
+# %% ../nbs/07_train.ipynb #6f665695
 def run_epochs(learn,         # from the batch of a step; this process's share of its loss
                model, epochs, per_epoch, batch,
                name='pretrain', # of the parameters, for errors
@@ -232,7 +261,7 @@ def run_epochs(learn,         # from the batch of a step; this process's share o
         if rank == 0: log(f"epoch {epoch+1}/{epochs}  loss {history[-1]['loss']:.4f}  {speed:.0f} images/s  {left} left")
     return history
 
-# %% ../nbs/07_train.ipynb #eaba158c
+# %% ../nbs/07_train.ipynb #fdf801a1
 def pretrain(mae,
              images,            # (N,C,H,W) uint8 or a Stream, on the device that trains
              guide=None,        # part labels or scores, see `Batches`
@@ -241,7 +270,7 @@ def pretrain(mae,
              lr=1.5e-4,         # per 256 images
              warmup_epochs=40,
              weight_decay=.05,
-             optimizer=dict(opt='adamw', betas=(.9, .95), fused=True), # any of timm's
+             optimizer=dict(opt='adamw', betas=(.9, .95), fused=True), # any of timm's, or its name
              clip=None,         # norm of the gradient
              accumulate=1,      # turns that a process cuts its share of a batch into, to save memory
              ema=None,          # decay of an average of the weights, which is then the result
@@ -253,16 +282,18 @@ def pretrain(mae,
     "Train `mae` in place; rows of epoch, step, loss, lr"
     params = {k: v for k, v in locals().items() if k not in ('mae', 'images', 'guide', 'checkpoint', 'log')}
     ranks = world()[1]
-    check(batch >= ranks*accumulate > 0, f"a batch of {batch} cannot be cut into {ranks} processes × {accumulate} turns: raise `pretrain.batch`")
+    check_numbers(epochs, batch, lr, warmup_epochs, weight_decay, clip, accumulate, ema)
+    check(batch >= ranks*accumulate, f"a batch of {batch} cannot be cut into {ranks} processes × {accumulate} turns: raise `pretrain.batch`, or lower `pretrain.accumulate`")
+    check(compile is None or compile in torch._dynamo.list_backends(()), f"`pretrain.compile` is {compile!r}: choose null or a backend such as inductor")
     for k in kw: check(k in ('masking', 'crop_scale', 'n_parts'), f"`pretrain` has no parameter {k!r}: remove or correct it")
     batches = Batches(images, mae.grid, guide, epochs=epochs, batch=batch, seed=seed, size=mae.encoder.patch_embed.img_size, **kw)
-    check(0 <= warmup_epochs <= epochs, f"`pretrain.warmup_epochs` is {warmup_epochs} of {epochs} epochs: choose at most as many as `pretrain.epochs`")
-    prepare(mae, images.device).train()
+    key = run_key(images, guide, model=mae.key(), **params)
+    with enough_memory(batch, 'pretrain'): prepare(mae, images.device).train()
     if compile: mae.compile(backend=compile)
     model = DistributedDataParallel(mae) if ranks > 1 else mae
-    opt = create_optimizer_v2(mae, lr=lr, weight_decay=weight_decay, **optimizer)
+    opt = make_optimizer(mae, optimizer, lr=lr, weight_decay=weight_decay)
     average = ModelEmaV3(mae, decay=ema) if ema else None
-    state = checkpoint and Checkpoint(checkpoint, run_key(images, guide, model=str(mae), **params), mae=mae, opt=opt, average=average)
+    state = checkpoint and Checkpoint(checkpoint, key, mae=mae, opt=opt, average=average)
     def learn(step):
         for group in opt.param_groups: group['lr'] = lr_at(step, batches.steps, warmup_epochs*batches.per_epoch, lr*batch/256)
         loss = gradients(model, batches, step, accumulate)
@@ -275,7 +306,7 @@ def pretrain(mae,
     if average: mae.load_state_dict(average.module.state_dict())
     return history
 
-# %% ../nbs/07_train.ipynb #8db040d3
+# %% ../nbs/07_train.ipynb #873d5514
 def plot_loss(history, figsize=(5, 2.5)):
     "The loss by epoch, as a figure"
     fig, ax = plt.subplots(figsize=figsize, dpi=120)
@@ -284,7 +315,7 @@ def plot_loss(history, figsize=(5, 2.5)):
     ax.spines[['top', 'right']].set_visible(False)
     return fig
 
-# %% ../nbs/07_train.ipynb #4a99af96
+# %% ../nbs/07_train.ipynb #d05abebe
 def pretrain_stage(root, profile=None):
     "Pretrain as a profile of params.yaml says, results in runs/pretrain, the state in runs/unfinished"
     cfg = read_params(f'{root}/params.yaml', profile)
@@ -301,6 +332,7 @@ def pretrain_stage(root, profile=None):
 
 def main():
     "The command `semmae-pretrain ROOT [PROFILE]`, for torchrun"
+    if world()[1] > 1: die_with_parent()
     try: pretrain_stage(*sys.argv[1:])
     except SemmaeError as e: sys.exit(f'semmae: {e}')
     finally:

@@ -1,5 +1,6 @@
 "Crops and their part maps, against Pillow and against the image itself."
 import csv
+import shutil
 import tarfile
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image, ImageOps
 from conftest import ROOT
 
 from semmae.core import SemmaeError, generator, patchify
-from semmae.data import crop, crop_parts, load_images, random_boxes, random_flips, resize_weights
+from semmae.data import Source, Stream, crop, crop_parts, load_images, random_boxes, random_flips, resize_weights
 from semmae.demo import CLASSES, choose, scene
 
 
@@ -168,3 +169,29 @@ def test_a_stream_is_the_tensor_and_knows_its_files(tmp_path):
     assert after.key() != key
     open(path, 'w').close()
     with pytest.raises(SemmaeError, match='is not an image that can be read'): after[torch.tensor([3])]
+
+
+def test_a_stream_knows_the_files_of_a_tar_and_of_sheets(tmp_path):
+    (tmp_path/'a:b').mkdir()
+    (tmp_path/'sheets').mkdir()
+    for name in ('labels.csv', *(f'{s}{end}' for s in ('train', 'val', 'test') for end in ('.jpg', '_parts.png'))): shutil.copy(ROOT/'data'/name, tmp_path/'sheets')
+    def paint(colour):
+        with tarfile.open(tmp_path/'a:b/c.tar', 'w') as t:
+            for i in range(20):
+                Image.new('RGB', (9, 9), colour).save(tmp_path/'one.png')
+                t.add(tmp_path/'one.png', f'{i}.png')
+    keys = lambda: [load_images(tmp_path/p, size=(8, 8), splits=['train'], stream=True)[0].images.key() for p in ('a:b/c.tar', 'sheets')]
+    paint('red')
+    before = keys()
+    assert keys() == before
+    paint('blue')
+    with Image.open(tmp_path/'sheets/train.jpg') as im: Image.new('RGB', im.size).save(tmp_path/'sheets/train.jpg')
+    assert not set(keys()) & set(before)
+
+
+def test_what_is_expected_and_never_asked_for_does_not_pile_up():
+    source = Source(['x']*4000, ['train']*4000, lambda i: Image.new('RGB', (512, 512)), [])
+    stream = Stream(source, range(4000), (512, 512))
+    for i in range(0, 4000, 5): stream.expect(torch.arange(i, i + 5))
+    assert len(stream.coming) <= 2**30//(3*512*512)
+    stream.pool.shutdown(cancel_futures=True)

@@ -15,7 +15,7 @@ from conftest import ROOT, environment, wait_for
 from worker import IMAGES, MAPS, cramped, starved, work
 
 from semmae.core import SemmaeError, read_json
-from semmae.train import launch, run_key
+from semmae.train import launch, main, run_key
 
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node']
 workers = get_context('forkserver')
@@ -97,7 +97,7 @@ def test_killed_at_any_moment_and_run_again(long, tmp_path):
 
 
 def test_a_killed_rank_ends_the_others_and_the_run_goes_on(tmp_path):
-    "Under torchrun: one rank killed, nobody left, a bad exit code; run again, the weights of an uninterrupted run of two"
+    "Under torchrun: one rank killed, nobody left, a bad exit code; run again, the weights of an uninterrupted run of two. The second rank cannot see the first one's files"
     (tmp_path/'a').mkdir(), (tmp_path/'b').mkdir()
     assert torchrun(tmp_path/'a', 2, epochs=30).returncode == 0
     run = subprocess.Popen([*TORCHRUN, '2', ROOT/'tests/worker.py', tmp_path/'b', json.dumps(dict(epochs=30))], env=environment(ROOT) | {'OMP_NUM_THREADS': '1'},
@@ -123,7 +123,8 @@ def test_a_full_disk_is_one_sentence_and_keeps_the_last_good_checkpoint(whole, t
     same(tmp_path, whole, 0)
 
 
-@pytest.mark.parametrize('other', [dict(lr=2e-2), dict(seed=1), dict(masking=dict(name='blend', ratio=.75, gamma=3.)), dict(ema=.9)])
+@pytest.mark.parametrize('other', [dict(lr=2e-2), dict(seed=1), dict(masking=dict(name='blend', ratio=.75, gamma=3.)), dict(ema=.9), dict(heads=4),
+                                   dict(image=(64, 16)), dict(model=dict(heads=4)), dict(model=dict(norm_pixels=False)), dict(model=dict(kind='cross', share=.5))])
 def test_a_checkpoint_of_other_parameters_is_not_continued(tmp_path, other):
     work(tmp_path, epochs=4, stop_after=3)
     work(tmp_path, **other)
@@ -174,6 +175,20 @@ def test_what_is_chosen_by_value(tmp_path, options):
     work(tmp_path, **options)
     losses = result(tmp_path)[1]
     assert losses[-1] < losses[0]
+
+
+def test_a_rank_ends_with_its_parent(monkeypatch):
+    called = []
+    monkeypatch.setattr('semmae.train.world', lambda: (0, 2))
+    monkeypatch.setattr('semmae.train.die_with_parent', lambda: called.append('watches'))
+    monkeypatch.setattr('semmae.train.pretrain_stage', lambda *a: called.append('trains'))
+    main()
+    assert called == ['watches', 'trains']
+
+
+@pytest.mark.parametrize('processes', [0, 'two', 1.5, True])
+def test_a_wrong_number_of_processes_is_one_sentence(processes):
+    with pytest.raises(SemmaeError, match='`processes` is .*: set it to a whole number'): launch('semmae-pretrain', processes=processes)
 
 
 def test_a_mistake_in_several_processes_is_one_sentence(tmp_path):

@@ -16,14 +16,14 @@ from semmae.train import join, pretrain, world
 from semmae.vit import make_encoder
 
 IMAGES = torch.randint(0, 256, (70, 3, 32, 32), dtype=torch.uint8, generator=generator('images'))
-STREAM = Stream(Source([f'{i}' for i in range(70)], ['train']*70, lambda i: Image.fromarray(IMAGES[i].permute(1, 2, 0).numpy())), range(70), (32, 32))
+STREAM = Stream(Source([f'{i}' for i in range(70)], ['train']*70, lambda i: Image.fromarray(IMAGES[i].permute(1, 2, 0).numpy()), []), range(70), (32, 32))
 MAPS = torch.randint(0, 5, (70, 9, 7), dtype=torch.uint8, generator=generator('maps'))
 
 
 class Stop(Exception): "The run ends here, as if it had been killed"
 
 
-def work(folder, stop_after=None, float32=False, stream=False, **options):
+def work(folder, stop_after=None, float32=False, stream=False, heads=2, image=(32, 32), model={}, **options):
     "Train from whatever is in the folder; weights and losses go into it"
     if float32: train.autocast = lambda device: nullcontext()  # bfloat16 would hide the order of sums in its rounding
     folder, lines = Path(folder), []
@@ -32,8 +32,8 @@ def work(folder, stop_after=None, float32=False, stream=False, **options):
     def log(line):
         lines.append(line)
         if len(lines) == stop_after: raise Stop
-    mae = MAE(make_encoder(image=(32, 32), patch_size=8, embed_dim=32, depth=1, num_heads=2), width=32, depth=1, heads=2)
-    settings = dict(masking=dict(name='blend', ratio=.75), epochs=4, batch=16, lr=1e-2, warmup_epochs=1, checkpoint=folder/'state.pt')
+    mae = MAE(make_encoder(image=image, patch_size=8, embed_dim=32, depth=1, num_heads=heads), **dict(width=32, depth=1, heads=2) | model)
+    settings = dict(masking=dict(name='blend', ratio=.75), epochs=4, batch=16, lr=1e-2, warmup_epochs=1, checkpoint=folder/('state.pt' if world()[0] == 0 else 'another machine/state.pt'))
     try: history = pretrain(mae, STREAM if stream else IMAGES, MAPS, log=log, **settings | options)
     except Stop: return
     if world()[0] == 0:
