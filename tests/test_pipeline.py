@@ -44,7 +44,6 @@ def would_run(project):
 def restore(project):
     "The clone as it was committed, its results back in place"
     sh(project, 'git checkout -q . && git clean -qfd && dvc checkout -q --force')
-    assert would_run(project) == []
 
 
 def set_param(project, old, new):
