@@ -6,7 +6,7 @@
 __all__ = ['PARTS', 'LAYERS', 'DESIGNS', 'CLASSES', 'COLOURS', 'NOTICE', 'art', 'layers', 'choose', 'picture', 'stack',
            'recolour', 'noise', 'shapes', 'landscape', 'pose', 'scene', 'unseen', 'sheet', 'make_demo']
 
-# %% ../nbs/11_demo.ipynb #e110c2b3
+# %% ../nbs/11_demo.ipynb #c60648cc
 import csv, functools, importlib.resources, math, re
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from PIL import Image
 
 from .core import atomic, check
 
-# %% ../nbs/11_demo.ipynb #a20158e9
+# %% ../nbs/11_demo.ipynb #9ec50616
 PARTS = 'background', 'body', 'head', 'eyes', 'mouth', 'top'
 
 LAYERS = {  # kind -> its set, and the part that each layer belongs to
@@ -29,7 +29,7 @@ LAYERS = {  # kind -> its set, and the part that each layer belongs to
                         'Top': 'top'}),
 }
 
-# %% ../nbs/11_demo.ipynb #f9e8775e
+# %% ../nbs/11_demo.ipynb #0aff672f
 DESIGNS = {
     'robot': {'can': {'02Face': 'face-05', '01Body': 'body-0[17]'}, 'bulb': {'02Face': 'face-06', '01Body': 'body-0[36]'}},
     'monster': {'stalks': {'03Faces': 'final12'}, 'box': {'03Faces': 'final6'}},
@@ -52,7 +52,7 @@ def layers(kind, colour=''):
     folders = {p.name.split('#')[1]: p for p in (art()/'sets'/name/colour).iterdir()}
     return [(layer, sorted(folders[layer].glob('*.png'))) for layer in sorted(parts)]
 
-# %% ../nbs/11_demo.ipynb #20c2863c
+# %% ../nbs/11_demo.ipynb #912ce10f
 COLOURS = 'blue brown green grey orange pink purple red white yellow'.split()  # of set 1
 
 def choose(cls, rng):
@@ -78,7 +78,7 @@ def stack(cls, character):
         labels[np.asarray(top)[..., 3] > 127] = PARTS.index(parts[layer])
     return rgba, labels
 
-# %% ../nbs/11_demo.ipynb #d150fd7d
+# %% ../nbs/11_demo.ipynb #2175f903
 def recolour(x, rng):
     "Colours (…,3) in 0–1 turned by a random hue and scaled by a random gain"
     a = rng.uniform(-math.pi, math.pi)
@@ -113,7 +113,7 @@ def landscape(n, rng):
     x, y = rng.integers(0, 256 - side, 2)
     return recolour(np.asarray(img.resize((n, n), Image.BILINEAR, box=(x, y, x+side, y+side)))/255, rng)
 
-# %% ../nbs/11_demo.ipynb #416d28b3
+# %% ../nbs/11_demo.ipynb #702732a3
 def pose(labels, n, rng,
          scale=(.65, 1.), # longest side of the character, as a share of the frame
          tilt=20):        # degrees either way
@@ -146,7 +146,7 @@ def scene(cls, character, rng, size=64):
     votes = [(labels == k).reshape(size, 2, size, 2).sum((1, 3)) for k in range(len(PARTS))]
     return (out*255).round().clip(0, 255).astype(np.uint8), np.argmax(votes, 0).astype(np.uint8)
 
-# %% ../nbs/11_demo.ipynb #775ce5f2
+# %% ../nbs/11_demo.ipynb #38bc298b
 NOTICE = """The demo images of semmae are made from the layered art that the package robohash 2.0 carries, changed in scale, pose and colour.
 Robots lovingly delivered by Robohash.org.
 
@@ -160,6 +160,7 @@ person   Pablo Stanley         "Free for personal and commercial use", https://a
 TILES: *.jpg are sheets of 64x64 tiles, 50 a row; labels.csv names split, class and drawn layers of every tile in order.
 PARTS: *_parts.png are the same sheets with 0 background, 1 body, 2 head, 3 eyes, 4 mouth, 5 top. The art does not separate every part
 of every kind: a cat's head belongs to its body, a droid has no body, a monster no top.
+TEACHER: teacher.safetensors is an encoder that taught itself on the train images, without labels (semmae's profile `teacher`); Apache-2.0.
 """
 
 def unseen(cls, rng, seen):

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['run_stage', 'forced', 'stale_modules', 'main']
 
-# %% ../nbs/12_stage.ipynb #fee8b7ad
+# %% ../nbs/12_stage.ipynb #08f57364
 import os, re, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 
 from .core import SemmaeError, best_device, check, device_name, die_with_parent, write_json
 
-# %% ../nbs/12_stage.ipynb #d1a6d168
+# %% ../nbs/12_stage.ipynb #9f75b686
 def run_stage(name,         # a notebook of nbs/pipeline
               profile=''):  # a profile of params.yaml; empty: the notebook's own choice
     "Run a stage's notebook from the project's folder"
@@ -32,18 +32,18 @@ def run_stage(name,         # a notebook of nbs/pipeline
                                    extra_arguments=['--IPKernelApp.log_level=ERROR'])
     except papermill.PapermillExecutionError as e:
         sys.exit(f'{name}: {e.evalue}' if e.ename == 'SemmaeError' else f'{name}, cell {e.exec_count}:\n' + '\n'.join(e.traceback))
-    except DeadKernelError: sys.exit(f"{name}: its process was killed, most often for want of memory: lower `{name}.batch` in the profile, or free some")
+    except DeadKernelError: sys.exit(f"{name}: its process was killed, most often for want of memory: lower `batch` or `data.limit` in the profile, or free some")
     except KeyboardInterrupt: sys.exit(f'{name}: stopped')
     write_json(f'runs/times/{name}.json', dict(seconds=round(time.time() - start, 1), device=device_name(best_device())))
 
-# %% ../nbs/12_stage.ipynb #db8e2ba8
+# %% ../nbs/12_stage.ipynb #b6c7597f
 def forced():
     "Whether DVC was told `-f` or `--force`"
     import psutil  # comes with the kernel that papermill needs
     words = psutil.Process(os.getppid()).cmdline()
     return any('dvc' in w for w in words) and any(re.fullmatch('-[a-z]*f[a-z]*|--force', w) for w in words)
 
-# %% ../nbs/12_stage.ipynb #b8e68928
+# %% ../nbs/12_stage.ipynb #6f4ac258
 def stale_modules(root='.'):
     "Modules of semmae/ that differ from a fresh export of their notebooks"
     root = Path(root).resolve()
@@ -57,7 +57,7 @@ def stale_modules(root='.'):
         fresh = {p.name: p.read_text() for p in Path(tmp).glob('semmae/*.py')}
     return [f'semmae/{n}' for n in sorted(fresh) if not (root/'semmae'/n).is_file() or (root/'semmae'/n).read_text() != fresh[n]]
 
-# %% ../nbs/12_stage.ipynb #b222d5a0
+# %% ../nbs/12_stage.ipynb #5dcfca1e
 def main():
     "The command `semmae-stage NAME [PROFILE]`"
     if len(sys.argv) not in (2, 3): sys.exit('usage: semmae-stage NAME [PROFILE]')

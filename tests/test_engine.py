@@ -15,7 +15,8 @@ from conftest import ROOT, environment, wait_for
 from worker import IMAGES, MAPS, cramped, starved, work
 
 from semmae.core import SemmaeError, read_json
-from semmae.train import launch, main, run_key
+from semmae.pretrain import MODULES, main
+from semmae.train import launch, run_key
 
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node']
 workers = get_context('forkserver')
@@ -31,9 +32,9 @@ def torchrun(folder, n, **options):
                           capture_output=True, text=True, timeout=300)
 
 
-def alone(folder, **options):
+def alone(folder, target=work, **options):
     "The same in a process of its own, killed or not; its exit code"
-    p = workers.Process(target=work, args=[folder], kwargs=options)
+    p = workers.Process(target=target, args=[folder], kwargs=options)
     p.start()
     return p
 
@@ -134,7 +135,7 @@ def test_a_checkpoint_of_other_parameters_is_not_continued(tmp_path, other):
 
 
 def test_nor_of_other_data_or_code(tmp_path):
-    key = lambda images, maps, **kw: run_key(images, maps, lr=1., **kw)
+    key = lambda images, maps, **kw: run_key(MODULES, images, maps, lr=1., **kw)
     images, maps = IMAGES.clone(), MAPS.clone()
     images[3, 0, 5, 5] += 1
     maps[3, 1, 1] += 1
@@ -181,7 +182,7 @@ def test_a_rank_ends_with_its_parent(monkeypatch):
     called = []
     monkeypatch.setattr('semmae.train.world', lambda: (0, 2))
     monkeypatch.setattr('semmae.train.die_with_parent', lambda: called.append('watches'))
-    monkeypatch.setattr('semmae.train.pretrain_stage', lambda *a: called.append('trains'))
+    monkeypatch.setattr('semmae.pretrain.pretrain_stage', lambda *a: called.append('trains'))
     main()
     assert called == ['watches', 'trains']
 
@@ -189,6 +190,10 @@ def test_a_rank_ends_with_its_parent(monkeypatch):
 @pytest.mark.parametrize('processes', [0, 'two', 1.5, True])
 def test_a_wrong_number_of_processes_is_one_sentence(processes):
     with pytest.raises(SemmaeError, match='`processes` is .*: set it to a whole number'): launch('semmae-pretrain', processes=processes)
+
+
+def test_a_process_that_is_killed_is_one_sentence():
+    with pytest.raises(SemmaeError, match=r'^one of the processes was killed, .*`pretrain.accumulate`$'): launch('python', '-c', 'import os; os.kill(os.getpid(), 9)', processes=2)
 
 
 def test_a_mistake_in_several_processes_is_one_sentence(tmp_path):

@@ -1,5 +1,7 @@
 "What a contributor can forget: exporting, cleaning, a stage's parameters, a stage's dependencies."
 import ast
+import importlib
+import importlib.util
 import shutil
 import subprocess
 from pathlib import Path
@@ -100,3 +102,15 @@ def test_the_committed_scores_lie_where_five_seeds_say():
     for name, (lo, hi) in known['intervals'].items():
         how, target = name.split()
         assert lo <= 100*here['mae'][how][target] <= hi and not lo <= 100*here['untrained'][how][target] <= hi, name
+
+
+@pytest.mark.parametrize('path', sorted(ROOT.glob('nbs/**/*.ipynb')), ids=name)
+def test_what_a_notebook_imports_is_there(path):
+    "Studies are not run by any test: what they take from the library has to exist all the same"
+    for cell in nbformat.read(path, 4).cells:
+        if cell.cell_type != 'code' or cell.source.lstrip().startswith(('%', '!')): continue
+        for node in ast.walk(ast.parse(cell.source)):
+            if not isinstance(node, ast.ImportFrom) or not (node.module or '').startswith('semmae'): continue
+            for alias in node.names:
+                module = importlib.import_module(node.module)
+                assert hasattr(module, alias.name) or importlib.util.find_spec(f'{node.module}.{alias.name}'), f'{node.module}.{alias.name}'

@@ -6,7 +6,7 @@ from semmae.core import SemmaeError, generator, patchify
 from semmae.data import unnormalize
 from semmae.mae import MAE
 from semmae.masking import STRATEGIES, strategy
-from semmae.train import Batches, pretrain
+from semmae.pretrain import Batches, pretrain
 from semmae.vit import make_encoder
 
 IMAGES = torch.randint(0, 256, (40, 3, 32, 48), dtype=torch.uint8, generator=generator('images'))
@@ -134,7 +134,7 @@ def test_a_wrong_parameter_is_one_sentence_that_names_it(wrong):
 
 
 def test_a_batch_smaller_than_the_processes_is_named(monkeypatch):
-    monkeypatch.setattr('semmae.train.world', lambda: (0, 4))
+    monkeypatch.setattr('semmae.pretrain.world', lambda: (0, 4))
     mae = MAE(make_encoder(image=(16, 16), patch_size=8, embed_dim=32, depth=1, num_heads=2), width=32, depth=1, heads=2)
     with pytest.raises(SemmaeError, match='a batch of 3 cannot be cut into 4 processes × 1 turns: raise `pretrain.batch`'):
         pretrain(mae, torch.zeros(8, 3, 16, 16, dtype=torch.uint8), epochs=1, batch=3, warmup_epochs=0)

@@ -11,8 +11,10 @@ from PIL import Image
 from semmae.core import SemmaeError, generator, write_json
 from semmae.data import Source, Stream
 from semmae.mae import MAE
-from semmae import train
-from semmae.train import join, pretrain, world
+from semmae import pretrain as pretraining, teacher
+from semmae.teacher import distil
+from semmae.pretrain import pretrain
+from semmae.train import join, world
 from semmae.vit import make_encoder
 
 IMAGES = torch.randint(0, 256, (70, 3, 32, 32), dtype=torch.uint8, generator=generator('images'))
@@ -23,22 +25,41 @@ MAPS = torch.randint(0, 5, (70, 9, 7), dtype=torch.uint8, generator=generator('m
 class Stop(Exception): "The run ends here, as if it had been killed"
 
 
-def work(folder, stop_after=None, float32=False, stream=False, heads=2, image=(32, 32), model={}, **options):
-    "Train from whatever is in the folder; weights and losses go into it"
-    if float32: train.autocast = lambda device: nullcontext()  # bfloat16 would hide the order of sums in its rounding
-    folder, lines = Path(folder), []
+def setting(folder, stop_after, float32):
+    "A process of its own kind, alone or among others: where its state goes, and a log that ends it"
+    if float32: pretraining.autocast = teacher.autocast = lambda device: nullcontext()  # bfloat16 would hide the order of sums in its rounding
     torch.set_num_threads(1)
     join(torch.device('cpu'))
+    lines = []
     def log(line):
         lines.append(line)
         if len(lines) == stop_after: raise Stop
+    return dict(log=log, checkpoint=folder/('state.pt' if world()[0] == 0 else 'another machine/state.pt'))
+
+
+def keep(folder, model, history):
+    if world()[0] > 0: return
+    torch.save(model.state_dict(), folder/'weights.pt')
+    write_json(folder/'history.json', history)
+
+
+def work(folder, stop_after=None, float32=False, stream=False, heads=2, image=(32, 32), model={}, **options):
+    "Train from whatever is in the folder; weights and losses go into it"
+    folder = Path(folder)
+    here = setting(folder, stop_after, float32)
     mae = MAE(make_encoder(image=image, patch_size=8, embed_dim=32, depth=1, num_heads=heads), **dict(width=32, depth=1, heads=2) | model)
-    settings = dict(masking=dict(name='blend', ratio=.75), epochs=4, batch=16, lr=1e-2, warmup_epochs=1, checkpoint=folder/('state.pt' if world()[0] == 0 else 'another machine/state.pt'))
-    try: history = pretrain(mae, STREAM if stream else IMAGES, MAPS, log=log, **settings | options)
-    except Stop: return
-    if world()[0] == 0:
-        torch.save(mae.state_dict(), folder/'weights.pt')
-        write_json(folder/'history.json', history)
+    settings = dict(masking=dict(name='blend', ratio=.75), epochs=4, batch=16, lr=1e-2, warmup_epochs=1)
+    try: keep(folder, mae, pretrain(mae, STREAM if stream else IMAGES, MAPS, **here | settings | options))
+    except Stop: pass
+
+
+def teach(folder, stop_after=None, float32=False, **options):
+    "The same with a teacher"
+    folder = Path(folder)
+    here = setting(folder, stop_after, float32)
+    encoder = make_encoder(image=(24, 24), patch_size=8, embed_dim=32, depth=1, num_heads=2)
+    try: keep(folder, encoder, distil(encoder, IMAGES, **here | dict(epochs=4, batch=16, lr=2e-3, warmup_epochs=4, n_words=16, n_small=1) | options)[1:])
+    except Stop: pass
 
 
 def cramped(folder, size):
@@ -57,4 +78,6 @@ def starved(folder, room):
     except SemmaeError as e: (Path(folder)/'error').write_text(str(e))
 
 
-if __name__ == '__main__': work(sys.argv[1], **json.loads(sys.argv[2]))
+if __name__ == '__main__':
+    options = json.loads(sys.argv[2])
+    globals()[options.pop('what', 'work')](sys.argv[1], **options)

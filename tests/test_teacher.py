@@ -1,0 +1,235 @@
+"The teacher: its loss against a plain retelling, its balance against the definition, one process or several, interrupted or not."
+import math
+
+import pytest
+import torch
+from test_engine import alone, same, torchrun
+from torch.nn import functional as F
+from conftest import ROOT
+from worker import teach
+
+from semmae.core import SemmaeError, generator
+from semmae.core import read_json, write_json
+from semmae.teacher import Distiller, Views, balance, check_teacher, distil, place, random_blocks, random_colours, shared, teacher_stage, view
+from semmae.data import load_images
+from semmae.vit import encode, make_encoder
+
+IMAGES = torch.randint(0, 256, (40, 3, 40, 40), dtype=torch.uint8, generator=generator('images'))
+
+
+def encoder(**kw):
+    return make_encoder(image=(32, 32), patch_size=8, embed_dim=32, depth=2, num_heads=2, **kw)
+
+
+@pytest.fixture(autouse=True)
+def float32(monkeypatch):
+    monkeypatch.setattr('semmae.teacher.autocast', lambda device: torch.autocast('cpu', enabled=False))
+
+
+def views(step=3, **kw):
+    return Views(IMAGES, encoder(), epochs=2, batch=6, **kw).at(step)
+
+
+def answers(scores, sharp, balanced, centre):
+    return balance(scores, sharp) if balanced else ((scores - centre)/sharp).softmax(1)
+
+
+@pytest.mark.parametrize('balanced', [True, False])
+@pytest.mark.parametrize('n_small', [0, 3])
+def test_the_loss_is_what_ibot_says(balanced, n_small):
+    "Told again view by view and image by image: every view but the teacher's own, and every hidden patch, once an image"
+    both = Distiller(encoder(), n_words=12, balanced=balanced)
+    for k, p in enumerate(both.teacher.parameters()): p.add_(torch.randn(p.shape, generator=generator('other', k))*.1)
+    both.centres.copy_(torch.randn(2, 12, generator=generator('centres'))*.1)
+    large, hide, small, seen = views(n_small=n_small)
+    loss, told = both(large, hide, small, seen, .05)
+
+    tokens = encode(both.teacher['encoder'], large)
+    head = both.teacher['head']
+    whole = answers(head(tokens[:, 0]), .05, balanced, both.centres[0])
+    patches = answers(head(tokens[:, 1:][hide]), .05, balanced, both.centres[1])
+    words = lambda x: F.log_softmax(both.student['head'](x)/.1, 1)
+    painted = encode(both.student['encoder'], large, hide=hide, token=both.token)
+    from_large, from_patches = words(painted[:, 0]), words(painted[:, 1:][hide])
+    pairs = [[whole[i + 6*t] @ from_large[i + 6*(1 - t)] for i in range(6)] for t in (0, 1)]
+    crops = words(encode(both.student['encoder'], small, seen)[:, 0]) if n_small else []  # a head standardises what it gets at once
+    for k in range(n_small): pairs += [[whole[i + 6*t] @ crops[6*k + i] for i in range(6)] for t in (0, 1)]
+    where = hide.nonzero()[:, 0]
+    masked = [torch.stack([patches[j] @ from_patches[j] for j in (where == i).nonzero()[:, 0]]).mean() if hide[i].any() else torch.tensor(0.) for i in range(12)]
+    assert loss.item() == pytest.approx(-(torch.stack([torch.stack(p) for p in pairs]).mean() + torch.stack(masked).mean()).item(), abs=1e-5)
+    assert torch.allclose(told[24:48].view(2, 12), whole.view(2, 6, 12).sum(1), atol=1e-5) and told[-3:-1].tolist() == [12, int(hide.sum())]
+    assert told[-1].item() == pytest.approx(sum((whole[i] @ whole[i + 6]).item() for i in range(6)), abs=1e-5)
+
+
+def test_the_teacher_follows_and_is_not_taught():
+    both = Distiller(encoder(), n_words=12, balanced=False)
+    both.student['head'].words.data += 1
+    before = both.teacher['head'].words.clone()
+    loss, told = both(*views(), .05)
+    loss.backward()
+    assert all(p.grad is None for p in both.teacher.parameters()) and all(p.grad is not None for p in both.student.parameters())
+    both.follow(told, .75, centring=.5)
+    assert torch.allclose(both.teacher['head'].words, .75*before + .25*both.student['head'].words)
+    assert torch.allclose(both.centres[0], .5*told[:12]/12, atol=1e-6)
+    kept = both.centres[1].clone()
+    told[-2] = 0  # nothing was hidden
+    both.follow(told, 1.)
+    assert torch.equal(both.centres[1], kept)
+
+
+def test_balance_is_the_nearest_balanced_table():
+    "Rows and columns scaled, nothing else: in the end rows sum to 1 and columns to equal shares, and cross ratios are those of the scores"
+    scores = torch.randn(30, 5, generator=generator('scores'))
+    q = balance(scores, .5, rounds=200)
+    assert torch.allclose(q.sum(0), torch.full((5,), 6.), atol=1e-3) and torch.allclose(q.sum(1), torch.ones(30), atol=1e-5)
+    ratio = lambda t: t[0, 0] + t[1, 1] - t[0, 1] - t[1, 0]
+    assert ratio(q.log()).item() == pytest.approx(ratio(scores/.5).item(), abs=1e-3)
+
+
+def test_bits_say_how_much_likelier_two_views_of_one_image_agree():
+    "Against all pairs of images, one by one; cut into steps as it comes"
+    a, b = (torch.rand(30, 7, generator=generator(k)).softmax(1) for k in 'ab')
+    b = (a + b)/2
+    told = [torch.cat([torch.zeros(14), x.sum(0), y.sum(0), torch.tensor([2*len(x), 0, (x*y).sum()])]) for x, y in zip(a.split(20), b.split(20))]
+    agree = [[(x @ y).item() for y in b] for x in a]
+    own, any = sum(agree[i][i] for i in range(30))/30, sum(map(sum, agree))/900
+    assert shared(torch.stack(told)) == pytest.approx(math.log2(own/any), abs=1e-5)
+
+
+ART = load_images('data', ['train'], root=ROOT, size=(32, 32), limit=64)[0].images
+
+
+@pytest.mark.parametrize('images, options', [(torch.full((64, 3, 32, 32), 128, dtype=torch.uint8), {}), (ART[:1].repeat(64, 1, 1, 1), {}), (ART, dict(lr=30.))], ids=['grey', 'one image', 'a wild rate'])
+def test_collapse_is_said(images, options):
+    "With nothing to tell apart, and with an encoder that says the same of everything"
+    with pytest.raises(SemmaeError, match='the teacher has collapsed: in epoch .* lower `teacher.lr` or `teacher.sharp`'):
+        distil(encoder(), images, **dict(epochs=12, batch=32, warmup_epochs=1, n_words=32, log=lambda line: None) | options)
+
+
+def test_what_learns_is_not_called_collapsed():
+    history = distil(encoder(), ART, epochs=12, batch=32, warmup_epochs=1, n_words=32, lr=8e-3, log=lambda line: None)
+    assert history[-1]['bits'] > .5
+
+
+def test_the_result_is_the_average_of_the_student():
+    "Told again by hand, step by step, for a few steps"
+    kept = []
+    class Watched(Distiller):
+        def follow(self, told, momentum, centring=.9):
+            kept.append((momentum, {k: v.clone() for k, v in self.student['encoder'].state_dict().items()}))
+            super().follow(told, momentum, centring)
+    start, vit = encoder(), encoder()
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr('semmae.teacher.Distiller', Watched)
+        distil(vit, ART, epochs=3, batch=32, warmup_epochs=1, n_words=16, momentum=.8, log=lambda line: None)
+    by_hand = start.state_dict()['blocks.0.mlp.fc1.weight']
+    for momentum, student in kept: by_hand = momentum*by_hand + (1 - momentum)*student['blocks.0.mlp.fc1.weight']
+    assert torch.allclose(vit.blocks[0].mlp.fc1.weight, by_hand, atol=1e-6)
+    momenta = [m for m, _ in kept]
+    assert momenta[0] == pytest.approx(.8) and momenta == sorted(momenta) and .95 < momenta[-1] < 1
+    assert (by_hand - kept[-1][1]['blocks.0.mlp.fc1.weight']).abs().max() > 1e-4, 'and not the student'
+
+
+@pytest.mark.parametrize('options, same', [(dict(clip=1e-4), False), (dict(weight_decay=3.), False), (dict(small=(.9, 1.)), False), (dict(large=(.9, 1.)), False), (dict(clip=0.), True)])
+def test_what_is_given_is_used(options, same):
+    runs = [encoder(), encoder()]
+    for vit, kw in zip(runs, ({}, options)): distil(vit, ART, **dict(epochs=1, batch=32, warmup_epochs=1, n_words=16, clip=1e9, lr=1e-2, log=lambda line: None) | kw)
+    assert torch.equal(*(vit.blocks[0].mlp.fc1.weight for vit in runs)) == same
+
+
+def test_colours_turn_and_images_are_mirrored():
+    red = torch.tensor([140., 90., 90.])[:, None, None].expand(64, 3, 4, 4)
+    turned = random_colours(red, generator('turn'), strength=0, grey=0)[:, :, 0, 0]
+    assert torch.allclose(turned.mean(1), torch.full((64,), 320/3), atol=1e-2), 'a turn around the axis of greys keeps the mean'
+    assert torch.allclose(turned.var(1), turned.var(1)[:1].expand(64), rtol=1e-3), 'and the distance from it'
+    assert all((turned.argmax(1) == k).any() for k in range(3)), 'and reaches every hue'
+    slope = torch.arange(32.).expand(64, 3, 32, 32).to(torch.uint8)*8
+    seen = view(slope, (8, 8), (.9, 1.), generator('mirror'))
+    rises = (seen[..., -1] > seen[..., 0]).float().mean((1, 2)).round()
+    assert 10 < rises.sum() < 54
+
+
+@pytest.mark.parametrize('ranks', [2, 4])
+def test_processes_share_the_views_of_one(ranks):
+    of = Views(IMAGES, encoder(), epochs=2, batch=6)
+    large, hide, small, seen = of.at(5)
+    shares = [of.at(5, r, ranks) for r in range(ranks)]
+    rejoin = lambda k, n: torch.cat([torch.cat([s[k].chunk(n)[v] for s in shares]) for v in range(n)])
+    assert torch.allclose(rejoin(0, 2), large, atol=1e-5) and torch.equal(rejoin(1, 2), hide)
+    assert torch.allclose(rejoin(2, 2), small, atol=1e-5) and torch.equal(rejoin(3, 2), seen)
+
+
+def test_a_small_crop_is_seen_where_it_lies():
+    "Moved on its frame it gives the same tokens, but for the positions"
+    vit = encoder().eval()
+    vit.pos_embed.data.zero_()
+    imgs = torch.randn(2, 3, 16, 16, generator=generator('small'))
+    tokens = [encode(vit, *place(imgs, (32, 32), 8, generator(k))) for k in range(8)]
+    assert len({str(place(imgs, (32, 32), 8, generator(k))[1].tolist()) for k in range(8)}) > 3
+    for t in tokens: assert torch.allclose(t, tokens[0], atol=1e-5)
+
+
+@pytest.mark.parametrize('grid', [(3, 3), (8, 12), (16, 16)])
+def test_as_much_is_hidden_as_was_drawn(grid):
+    hide = random_blocks(300, grid, generator('blocks'), share=(.2, .4), chance=1.)
+    n = grid[0]*grid[1]
+    assert .2*n <= hide.sum(1).min() and hide.sum(1).max() <= math.ceil(.4*n)
+    assert (hide.float().mean(0) > .1).all(), 'no place is spared'
+
+
+@pytest.mark.parametrize('n, options', [(2, {}), (3, dict(balanced=False, lr=1e-4, sharp=.01))])
+def test_several_processes_give_what_one_gives(tmp_path, n, options):
+    "In float32 but for the order of sums; 3 processes do not divide a batch of 16"
+    (tmp_path/'one').mkdir()
+    alone(tmp_path/'one', target=teach, float32=True, **options).join()
+    (tmp_path/'some').mkdir()
+    done = torchrun(tmp_path/'some', n, what='teach', float32=True, **options)
+    assert done.returncode == 0, done.stderr
+    same(tmp_path/'some', tmp_path/'one', 1e-4)
+
+
+def test_an_interrupted_run_goes_on_bit_by_bit(tmp_path):
+    for name, stops in dict(whole=[None], parts=[1, 2, None]).items():
+        (tmp_path/name).mkdir()
+        for stop in stops: teach(tmp_path/name, stop_after=stop)
+    same(tmp_path/'parts', tmp_path/'whole', 0)
+
+
+@pytest.mark.parametrize('options, says', [
+    ('dino', 'write null, {name'), (dict(wieghts='a'), "no parameter 'wieghts' without `epochs`"), (dict(name='vit', epochs=3), "no parameter 'name' where it is trained"),
+    (dict(epochs=3), '`teacher.encoder` does not say'), (dict(epochs=3, encoder='vit'), '`teacher.encoder` does not say'), (dict(epochs=3, seed=1), "no parameter 'seed'")])
+def test_what_the_parameters_may_not_say(options, says):
+    with pytest.raises(SemmaeError, match=says): check_teacher(options)
+
+
+@pytest.mark.parametrize('teacher, says', [(dict(epochs=1, encoder=dict(seed=3)), '`teacher.encoder.seed` is not chosen here'), (dict(weights='none.pth'), 'there is no .*none.pth: correct `teacher.weights`'), (None, None)])
+def test_the_stage(tmp_path, teacher, says):
+    write_json(tmp_path/'params.yaml', dict(profile='p', profiles=dict(p=dict(seed=0, data=dict(source=str(ROOT/'data'), size=[32, 32], limit=8), teacher=teacher))))
+    if says:
+        with pytest.raises(SemmaeError, match=says): teacher_stage(tmp_path)
+    else:
+        teacher_stage(tmp_path)
+        assert read_json(tmp_path/'runs/metrics/teacher.json') == dict(seed=0) and (tmp_path/'runs/teacher').is_dir()
+
+
+def test_what_a_user_can_get_wrong_is_one_sentence():
+    for kw, says in [(dict(n_words=0), '`teacher.n_words` is 0'), (dict(balanced='no'), '`teacher.balanced` is .no.'), (dict(momentum=2), '`teacher.momentum` is 2'), (dict(small=3), '`teacher.small` is 3'), (dict(large=(1, .4)), 'the smaller first'),
+                     (dict(n_small=1.5), '`teacher.n_small` is 1.5'), (dict(sharp='x'), "`teacher.sharp` is 'x'"), (dict(judge_every=0), '`teacher.judge_every` is 0'),
+                     (dict(lr='fast'), "`teacher.lr` is 'fast'"), (dict(batch=41), 'lower `teacher.batch`'), (dict(epochs=0), '`teacher.epochs` is 0'), (dict(warmup_epochs=9), 'at most as many as `teacher.epochs`')]:
+        with pytest.raises(SemmaeError, match=says): distil(encoder(), IMAGES, **dict(epochs=2, batch=6, warmup_epochs=1) | kw)
+    with pytest.raises(SemmaeError, match='no class token'): distil(encoder(class_token=False, global_pool='avg'), IMAGES, epochs=3, batch=6)
+
+
+def test_a_model_with_dropout_goes_on_bit_by_bit_too(tmp_path):
+    def train(state, stop=None):
+        lines = []
+        def log(line):
+            lines.append(line)
+            if len(lines) == stop: raise KeyboardInterrupt
+        vit = encoder(proj_drop_rate=.2, drop_path_rate=.2)
+        try: distil(vit, ART, epochs=4, batch=32, warmup_epochs=1, n_words=16, lr=1e-3, checkpoint=state, log=log)
+        except KeyboardInterrupt: torch.rand(7)  # whatever else draws in between
+        return vit.blocks[0].mlp.fc1.weight
+    whole = train(tmp_path/'a.pt')
+    train(tmp_path/'b.pt', stop=2)
+    assert torch.equal(train(tmp_path/'b.pt'), whole)
