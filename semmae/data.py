@@ -9,7 +9,7 @@ __all__ = ['SPLITS', 'SYNONYMS', 'IMAGENET', 'Source', 'hold_out', 'read_paths',
            'random_boxes', 'random_flips', 'resize_weights', 'crop', 'uncropped', 'whole', 'check_labels', 'crop_parts',
            'whole_parts', 'normalize', 'unnormalize', 'data_key', 'check_maps', 'write_maps', 'read_maps']
 
-# %% ../nbs/01_data.ipynb #27b967dc
+# %% ../nbs/01_data.ipynb #5484fe46
 import csv, hashlib, importlib.util, io, math, os, tarfile, zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_datase
 
 from .core import SemmaeError, atomic, check, draw, file_hash, generator, read_json, write_json
 
-# %% ../nbs/01_data.ipynb #2adf3bd8
+# %% ../nbs/01_data.ipynb #6e93712f
 SPLITS = 'train', 'val', 'test'
 
 @dataclass
@@ -38,7 +38,7 @@ class Source:
     kinds: Callable = None # class name -> a coarser class, where there is one
     parts: Callable = None # index -> (h,w) uint8 map of true parts
 
-# %% ../nbs/01_data.ipynb #7ba69a29
+# %% ../nbs/01_data.ipynb #3dc76627
 def hold_out(names, splits, labels=None):
     "`splits` with the missing val and test taken from train, a tenth of every class each"
     splits, groups = list(splits), {}
@@ -52,7 +52,7 @@ def hold_out(names, splits, labels=None):
             for i in ids[k*n:(k+1)*n]: splits[i] = s
     return splits
 
-# %% ../nbs/01_data.ipynb #744b3653
+# %% ../nbs/01_data.ipynb #ca9244cb
 SYNONYMS = {'training': 'train', 'valid': 'val', 'validation': 'val', 'testing': 'test'}
 
 def read_paths(paths):
@@ -74,7 +74,7 @@ def read_paths(paths):
     check(not stray, f"{stray and stray[0]} lies outside the class folders: move it into one of them")
     return names, splits, labels
 
-# %% ../nbs/01_data.ipynb #ed852241
+# %% ../nbs/01_data.ipynb #a01e54ea
 def hidden(path): return any(p.startswith('.') for p in Path(path).parts)
 
 def folder_source(path):
@@ -85,7 +85,7 @@ def folder_source(path):
     names, splits, labels = read_paths([str(f.relative_to(path)) for f in files])
     return Source([str(f) for f in files], hold_out(names, splits, labels), lambda i: Image.open(files[i]), files, labels)
 
-# %% ../nbs/01_data.ipynb #c5b53aaf
+# %% ../nbs/01_data.ipynb #f93e2123
 def read_at(path, start, size):
     "`size` bytes of a file"
     with open(path, 'rb') as f:
@@ -115,7 +115,7 @@ def tar_source(path):
     names, splits, labels = read_paths(paths)
     return Source([f'{path}:{p}' for p in paths], hold_out(names, splits, labels), lambda i: Image.open(io.BytesIO(blobs[paths[i]]())), [path], labels)
 
-# %% ../nbs/01_data.ipynb #da5664d4
+# %% ../nbs/01_data.ipynb #a2ab4c32
 def timm_source(name,       # torch/cifar10, hfds/…
                 root=None): # where it is kept; None: ~/.cache/semmae
     "A dataset that timm knows by name"
@@ -147,7 +147,7 @@ def class_names(targets, classes=None):
     if any(t is None or int(t) < 0 for t in targets): return None
     return [str(classes[int(t)]) if classes else f'{int(t):04d}' for t in targets]
 
-# %% ../nbs/01_data.ipynb #2082c3dd
+# %% ../nbs/01_data.ipynb #66bf75c7
 def sheet_source(path,
                  tile=64): # side of a tile
     "The demo's tile sheets, with true parts"
@@ -172,7 +172,7 @@ def sheet_source(path,
     return Source([f'{path}/{s}.jpg#{k}' for s, k in place], [s for s, _ in place], lambda i: cut(pixels[place[i][0]], place[i][1]),
                   [path/f'{s}.jpg' for s in count], [r['class'] for r in rows], lambda c: c.split('-')[0], lambda i: np.asarray(cut(parts[place[i][0]], place[i][1])))
 
-# %% ../nbs/01_data.ipynb #4703f163
+# %% ../nbs/01_data.ipynb #d59dadaf
 def open_source(source,   # folder, tar file, or timm's name
                 root='.'): # what relative paths start from
     "The source that `source` names, its classes checked"
@@ -196,7 +196,7 @@ def check_classes(src):
             check(len(where) == 3, f"class {c!r} has images in {' and '.join(where)} only: give it some in train, val and test, or remove it")
     return src
 
-# %% ../nbs/01_data.ipynb #792a4ac8
+# %% ../nbs/01_data.ipynb #2892cd92
 def decode(src, i, size, channels=3):
     "Image `i` of a source as a (C,H,W) uint8 array"
     try:
@@ -212,7 +212,7 @@ def workers():
     "A pool of this process's share of the cores; Pillow decodes in threads side by side"
     return ThreadPoolExecutor(max(1, os.cpu_count()//int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
 
-# %% ../nbs/01_data.ipynb #4321de46
+# %% ../nbs/01_data.ipynb #4b8a620c
 class Stream:
     "What a tensor of decoded images would give, decoded when asked for"
     def __init__(self, src, ids, size, channels=3, device='cpu'):
@@ -263,7 +263,7 @@ def read_all(stream):
     for ids, part in zip(torch.arange(len(stream)).split(1024), stream.split(1024)): images[ids] = part
     return images
 
-# %% ../nbs/01_data.ipynb #fe58c6bc
+# %% ../nbs/01_data.ipynb #2956a05a
 @dataclass
 class ImageSet:
     "One split"
@@ -278,7 +278,7 @@ class ImageSet:
         move = lambda x: None if x is None else x.to(device)
         return ImageSet(move(self.images), {k: move(v) for k, v in self.targets.items()}, self.classes, move(self.parts), self.names)
 
-# %% ../nbs/01_data.ipynb #db1c262c
+# %% ../nbs/01_data.ipynb #f80d3ca8
 def read_targets(src, ids):
     "Targets of images `ids` by name, and the names of their classes"
     if not src.labels: return {}, {}
@@ -286,7 +286,7 @@ def read_targets(src, ids):
     names = {k: sorted({f(c) for c in src.labels}) for k, f in coarse.items()}
     return {k: torch.tensor([names[k].index(f(src.labels[i])) for i in ids]) for k, f in coarse.items()}, names
 
-# %% ../nbs/01_data.ipynb #0aea06ba
+# %% ../nbs/01_data.ipynb #d329afbd
 def open_split(src,         # a Source
                split,       # train, val or test
                size,        # (height, width)
@@ -313,7 +313,7 @@ def load_images(source, splits=SPLITS, root='.', *, size, channels=3, limit=None
     if stream is None: stream = not fits(number*channels*math.prod(size))
     return [open_split(src, s, size, channels, limit, stream) for s in splits]
 
-# %% ../nbs/01_data.ipynb #4fc62dc7
+# %% ../nbs/01_data.ipynb #06131f10
 def random_boxes(n, gen,             # how many, and from which generator
                  size,               # (height, width) of the frame, for the aspect ratio
                  scale=(.2, 1.),     # area of the crop as a share of the frame
@@ -334,7 +334,7 @@ def random_flips(n, gen):
     "Which of `n` images to mirror"
     return draw(gen, n) < .5
 
-# %% ../nbs/01_data.ipynb #d6c1d0ea
+# %% ../nbs/01_data.ipynb #3b2fdce2
 def resize_weights(start, length,   # (B,) of the box along one axis, in fractions
                    n_in, n_out,     # cells before and after
                    kernel='linear'):
@@ -387,7 +387,7 @@ def whole_parts(parts, size, n_parts, batch=250):
     if tuple(parts.shape[1:]) == tuple(size): return parts.long()
     return torch.cat([crop_parts(x, *uncropped(x), size, n_parts) for x in parts.split(batch)])
 
-# %% ../nbs/01_data.ipynb #e8e936e9
+# %% ../nbs/01_data.ipynb #6fb3398e
 IMAGENET = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 def normalize(x, stats=IMAGENET):
@@ -400,7 +400,7 @@ def unnormalize(x):
     zero, one = (normalize(torch.full_like(x[:1], v)) for v in (0., 1.))
     return ((x - zero)/(one - zero)).round().clamp(0, 255).to(torch.uint8)
 
-# %% ../nbs/01_data.ipynb #edd3a479
+# %% ../nbs/01_data.ipynb #aad7af0e
 def data_key(images):
     "What tells these images from others"
     h = hashlib.blake2b(repr(tuple(images.shape)).encode(), digest_size=16)
@@ -423,10 +423,10 @@ def write_maps(folder,
     folder, known = Path(folder), {}
     for split, images in splits.items():
         check(split in maps, f"there are no maps for {split}: give maps for {', '.join(splits)}")
-        whole = isinstance(maps[split], (torch.Tensor, np.ndarray))
+        batches = [maps[split]] if isinstance(maps[split], (torch.Tensor, np.ndarray)) else maps[split]
         with atomic(folder/f'{split}.npy') as tmp:
             done, file = 0, None
-            for batch in [maps[split]] if whole else maps[split]:
+            for batch in batches:
                 batch = check_maps(batch, split)
                 if file is None: file = np.lib.format.open_memmap(tmp, 'w+', np.uint8, (len(images), *batch.shape[1:]))
                 check(batch.shape[1:] == file.shape[1:] and done + len(batch) <= len(images), f"the maps of {split} do not fit its {len(images)} images: give one map (rows, columns) an image")

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['GREY', 'OPENED', 'TRAINED', 'random_colours', 'view', 'place', 'random_blocks', 'Standard', 'Head', 'everywhere',
-           'balance', 'cross', 'Distiller', 'shared', 'Views', 'distil', 'rise', 'val_knn', 'check_teacher',
+           'balance', 'cross', 'Told', 'Distiller', 'shared', 'Views', 'distil', 'rise', 'val_knn', 'check_teacher',
            'teacher_stage', 'main', 'plot_history']
 
-# %% ../nbs/03_teacher.ipynb #ed1867b1
+# %% ../nbs/03_teacher.ipynb #5dc45dd3
 import copy, inspect, math
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import torch
@@ -25,7 +26,7 @@ from .evaluate import accuracy, compare, features, knn, whiten
 from .train import Checkpoint, Shuffled, check_scale, check_schedule, check_whole, enough_memory, join, lr_at, run_epochs, run_key, run_process, world
 from .vit import autocast, encode, encoder_of, open_encoder, prepare, resize, save_encoder
 
-# %% ../nbs/03_teacher.ipynb #054a8d41
+# %% ../nbs/03_teacher.ipynb #d06b66b6
 GREY = .299, .587, .114
 
 def random_colours(imgs,         # (B,3,H,W), 0–255
@@ -54,7 +55,7 @@ def view(images, size, scale, gen):
     x = crop(images, boxes, flips, size)
     return normalize(random_colours(x, gen) if x.shape[1] == 3 else x)
 
-# %% ../nbs/03_teacher.ipynb #fcbb2607
+# %% ../nbs/03_teacher.ipynb #575ca024
 def place(imgs, frame, patch, gen):
     "Small images somewhere on empty frames, and the ids of their patches"
     (h, w), (H, W) = imgs.shape[2:], frame
@@ -79,7 +80,7 @@ def random_blocks(n, grid, gen, share=(.1, .5), chance=.5):
     order = (covered > 0).sum(1) + draw(gen, n, h*w)                     # the earlier covered, the higher
     return order.argsort(1, descending=True).argsort(1) < want[:, None]
 
-# %% ../nbs/03_teacher.ipynb #365f2f78
+# %% ../nbs/03_teacher.ipynb #ce19f138
 class Standard(nn.Module):
     "Every channel to mean 0 and deviation 1 in the batch of all processes"
     def forward(self, x): # (N,D)
@@ -116,7 +117,14 @@ def cross(p, log_q):
     "Cross-entropies, row by row"
     return -(p*log_q).sum(1)
 
-# %% ../nbs/03_teacher.ipynb #3ac3c380
+# %% ../nbs/03_teacher.ipynb #75dc9b98
+class Told(NamedTuple):
+    "What the teacher told in a step, sums over the batch"
+    scores: torch.Tensor   # (2,K) of class tokens, of hidden patches
+    tokens: torch.Tensor   # (2,) how many of each
+    answers: torch.Tensor  # (2,K) to first and to second views
+    agree: torch.Tensor    # how far answers to the two views of an image agree
+
 class Distiller(nn.Module):
     "A student, its teacher and what they say to each other"
     def __init__(self, encoder, n_words=512, balanced=True, seed=0):
@@ -136,7 +144,7 @@ class Distiller(nn.Module):
         return who['head'](tokens[:, 0]).float(), who['head'](tokens[:, who['encoder'].num_prefix_tokens:][hide]).float()
 
     def forward(self, large, hide, small, seen, sharp, soft=.1):
-        "The loss, and what the teacher told, in sums: scores of class tokens and of patches, answers to first and to second views; how many tokens and patches, and how far answers to two views agree"
+        "The loss, and what the teacher told"
         with torch.no_grad():
             scores = self.say(self.teacher, large, hide)
             whole, patches = (balance(x, sharp) if self.balanced else ((x - c)/sharp).softmax(1) for x, c in zip(scores, self.centres))
@@ -148,26 +156,25 @@ class Distiller(nn.Module):
             pairs += [cross(t, w) for w in words.split(len(a)) for t in (a, b)]
         rare = 1/hide.sum(1, keepdim=True).expand_as(hide)[hide]           # an image counts once, however much of it is hidden
         masked = (cross(patches, painted)*rare).sum()/len(hide)
-        counts = whole.new_tensor([len(whole), len(patches), (a*b).sum()])
-        return torch.stack(pairs).mean() + masked, torch.cat([scores[0].sum(0), scores[1].sum(0), a.sum(0), b.sum(0), counts])
+        told = Told(torch.stack([s.sum(0) for s in scores]), whole.new_tensor([len(whole), len(patches)]), torch.stack([a.sum(0), b.sum(0)]), (a*b).sum())
+        return torch.stack(pairs).mean() + masked, told
 
     @torch.no_grad()
     def follow(self, told, momentum, centring=.9):
         "The teacher moves towards the student, its centres towards its scores"
         for t, s in zip(self.teacher.parameters(), self.student.parameters()): t.lerp_(s, 1 - momentum)
-        n = self.centres.shape[1]
-        means = told[:2*n].view(2, n)/told[-3:-1, None].clamp(min=1)
-        self.centres.lerp_(torch.where(told[-3:-1, None] > 0, means, self.centres), 1 - centring)
+        n = told.tokens[:, None]
+        self.centres.lerp_(torch.where(n > 0, told.scores/n.clamp(min=1), self.centres), 1 - centring)
 
-# %% ../nbs/03_teacher.ipynb #6c9f76ae
-def shared(told): # (n,4K+3), from the steps of an epoch
+# %% ../nbs/03_teacher.ipynb #e3464f9a
+def shared(told): # of the steps of an epoch
     "How much likelier two views of one image get the same word than views of two images, in bits"
-    total = told.sum(0)
-    n, agree = total[-3]/2, total[-1]
-    first, second = total[:-3].view(4, -1)[2:]/n
+    _, tokens, answers, agree = (sum(x) for x in zip(*told))
+    n = tokens[0]/2  # images
+    first, second = answers/n
     return (agree/n/(first @ second)).clamp(min=1e-6).log2().item()
 
-# %% ../nbs/03_teacher.ipynb #1eb8aff0
+# %% ../nbs/03_teacher.ipynb #58043eea
 class Views(Shuffled):
     "What every step sees: large crops (2B,C,H,W), which of their patches are hidden (2B,L), small crops on frames (nB,C,H,W), and the ids of their patches"
     def __init__(self, images, encoder, epochs, batch, large=(.4, 1.), small=(.2, .5), n_small=2, seed=0):
@@ -187,7 +194,7 @@ class Views(Shuffled):
         frames, seen = map(torch.cat, zip(*small)) if small else ([], [])
         return torch.cat(large), torch.cat(hide), frames, seen
 
-# %% ../nbs/03_teacher.ipynb #4d0e2a59
+# %% ../nbs/03_teacher.ipynb #6900a7d4
 def distil(encoder,           # fresh; trained in place, in the end the average of its training
            images,            # (N,C,H,W) uint8 or a Stream, on the device that trains
            epochs=100,
@@ -229,12 +236,13 @@ def distil(encoder,           # fresh; trained in place, in the end the average 
         (loss*ranks).backward()                                            # of which the average is taken
         if clip: nn.utils.clip_grad_norm_(both.student.parameters(), clip)
         opt.step(); opt.zero_grad()
-        both.follow(everywhere(said), rise(step/views.steps, momentum, 1.))
+        said = Told(*map(everywhere, said))
+        both.follow(said, rise(step/views.steps, momentum, 1.))
         told.append(said)
         return loss.detach()
     judged = judge(both.teacher['encoder']) if judge else {}
     def row(epoch):
-        bits = shared(torch.stack(told))
+        bits = shared(told)
         told.clear()
         check(bits > .1 or epoch <= warmup_epochs, f"the teacher has collapsed: in epoch {epoch} two views of an image get the same word hardly more often than views of two images ({bits:.2f} bits); lower `teacher.lr` or `teacher.sharp`")
         now = judge and (epoch % judge_every == 0 or epoch == epochs)
@@ -247,7 +255,7 @@ def rise(done, start, end):
     "From `start` to `end` on a cosine"
     return end + (start - end)*.5*(1 + math.cos(math.pi*done))
 
-# %% ../nbs/03_teacher.ipynb #b44b0d0b
+# %% ../nbs/03_teacher.ipynb #96f2defa
 def val_knn(train, val):
     "A judge for `distil`: what share of the val images nearest neighbours name right, by target"
     def judge(encoder):
@@ -256,7 +264,8 @@ def val_knn(train, val):
         return {f'knn_{k}': accuracy(knn(white(x), t, white(y)), val.targets[k]) for k, t in train.targets.items()}
     return judge if train.targets else None
 
-OPENED, TRAINED = ('name', 'weights', 'image'), ('encoder', 'image', 'large', 'small', 'n_small', *list(inspect.signature(distil).parameters)[2:-5])
+OPENED, TRAINED = ('name', 'weights', 'image'), ('encoder', 'image', 'large', 'small', 'n_small',
+                                                        *[k for k in inspect.signature(distil).parameters if k not in ('images', 'encoder', 'seed', 'judge', 'checkpoint', 'log', 'kw')])
 
 def check_teacher(options):
     "What `teacher` in params.yaml may say: where an encoder is, or how it is trained"
@@ -292,8 +301,8 @@ def main():
 
 def plot_history(history, figsize=(6, 2.2)):
     "The loss, what the teacher's answers carry, and its k-NN, by epoch"
-    knn = [k for k in history[0] if k.startswith('knn_')]
-    panels = {title: keys for title, keys in {'loss': ['loss'], 'bits that two views share': ['bits'], 'k-NN on val': knn}.items() if set(keys) & set(history[0])}
+    titles = {'loss': 'loss', 'bits': 'bits that two views share', 'knn_': 'k-NN on val'}
+    panels = {title: keys for start, title in titles.items() if (keys := [k for k in history[0] if k.startswith(start)])}
     fig, axs = plt.subplots(1, len(panels), figsize=figsize, dpi=120, layout='constrained')
     for ax, (title, keys) in zip(axs, panels.items()):
         for k in keys:

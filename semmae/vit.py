@@ -7,7 +7,7 @@ __all__ = ['sincos', 'init_mae', 'plain', 'make_encoder', 'encoder_of', 'remembe
            'prepare', 'save_encoder', 'read_weights', 'load_encoder', 'open_encoder', 'tells_of_itself', 'resize',
            'download', 'fill', 'Seen', 'look_at', 'look', 'received']
 
-# %% ../nbs/02_vit.ipynb #426f1136
+# %% ../nbs/02_vit.ipynb #e1c70173
 import json
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch import nn
 from .core import SemmaeError, atomic, check, generator, grid_size
 from .data import IMAGENET, normalize, whole
 
-# %% ../nbs/02_vit.ipynb #c81e7cf2
+# %% ../nbs/02_vit.ipynb #074c580f
 def sincos(grid, # (rows, columns)
            dim): # channels
     "MAE's fixed position embedding, (rows·columns, dim)"
@@ -34,7 +34,7 @@ def sincos(grid, # (rows, columns)
     angle = torch.stack([col.flatten(), row.flatten()], 1)[..., None]*freq  # (L,2,dim/4)
     return torch.cat([angle.sin(), angle.cos()], 2).flatten(1).float()
 
-# %% ../nbs/02_vit.ipynb #3d0356ce
+# %% ../nbs/02_vit.ipynb #da9ae17f
 def init_mae(module):
     "MAE's initial weights, in place"
     for m in module.modules():
@@ -44,7 +44,7 @@ def init_mae(module):
         if isinstance(m, nn.Conv2d): nn.init.xavier_uniform_(m.weight.view(len(m.weight), -1))
     return module
 
-# %% ../nbs/02_vit.ipynb #c646a111
+# %% ../nbs/02_vit.ipynb #39915cde
 def plain(name, **kw):
     "A VisionTransformer of timm's without classifier; anything else is refused"
     check(timm.is_model(name), f"timm has no model {name!r}: set `encoder.name` to one of `timm.list_models('vit_*')`")
@@ -85,7 +85,7 @@ def pixels_of(vit, images):
     "Images as they are, (B,C,H,W) bytes of any size, as the encoder expects them"
     return normalize(whole(images, vit.patch_embed.img_size), vit.stats)
 
-# %% ../nbs/02_vit.ipynb #e0ac2b72
+# %% ../nbs/02_vit.ipynb #84642962
 def gather(x, ids):
     "Tokens `ids` (B,K) of x (B,L,D)"
     return x.gather(1, ids[..., None].expand(-1, -1, x.shape[2]))
@@ -106,7 +106,7 @@ def encode(vit,            # a timm VisionTransformer
     for block in vit.blocks: x = block(x)
     return vit.fc_norm(vit.norm(x))            # one of the two is the identity
 
-# %% ../nbs/02_vit.ipynb #069179fc
+# %% ../nbs/02_vit.ipynb #03cb3a51
 def autocast(device):
     "bfloat16 autocast where it pays, else nothing"
     native = device.type == 'cuda' or torch.cpu._is_avx512_bf16_supported()
@@ -118,7 +118,7 @@ def prepare(model, device):
         if hasattr(m, 'fused_attn'): m.fused_attn = device.type != 'cpu'
     return model.to(device)
 
-# %% ../nbs/02_vit.ipynb #ee5cefa9
+# %% ../nbs/02_vit.ipynb #8bbf6b48
 def save_encoder(vit, path):
     "The encoder's weights and recipe as a safetensors file"
     state = {k: v.detach().cpu().contiguous() for k, v in vit.state_dict().items()}
@@ -139,29 +139,30 @@ def load_encoder(path):
     vit.load_state_dict(state)
     return vit
 
-# %% ../nbs/02_vit.ipynb #9c4a22e4
+# %% ../nbs/02_vit.ipynb #41562762
 def open_encoder(name=None,        # of a VisionTransformer of timm's; None: what `weights` says of itself
                  weights=None,     # a file of weights; None: timm's, downloaded
                  image=None):      # (height, width) it looks at; None: what it was made for
     "A pretrained encoder, frozen"
+    weights = weights and Path(weights).expanduser()
     check(name or weights, "no encoder is named: set `teacher.name` to a `vit_*` model of timm's, or `teacher.weights` to a file of weights")
     check(image is None or np.shape(image) == (2,) and all(type(n) is int for n in image), f"`teacher.image` is {image!r}: set it to [height, width]")
     check(not name or timm.is_model(name), f"timm has no model {name!r}: set `teacher.name` to one of `timm.list_models('vit_*')`")
-    check(not weights or Path(weights).expanduser().is_file(), f"there is no {weights}: correct `teacher.weights`")
+    check(not weights or weights.is_file(), f"there is no {weights}: correct `teacher.weights`")
     if weights and tells_of_itself(weights):
-        vit = load_encoder(Path(weights).expanduser())
+        vit = load_encoder(weights)
         check(name in (None, vit.recipe['name']), f"{weights} does not fit {name}, it holds a {vit.recipe['name']}: set `teacher.name` to that, or leave it out")
     else:
         check(name, f"{weights} does not say which model it holds: set `teacher.name` to the one it was trained as")
         size = dict(img_size=tuple(image)) if image else {}
-        vit = download(name, **size) if weights is None else fill(plain(name, **size), name, Path(weights).expanduser())
+        vit = download(name, **size) if weights is None else fill(plain(name, **size), name, weights)
         remember(vit, name, [list(vit.pretrained_cfg[k]) for k in ('mean', 'std')])
     return resize(vit, image or vit.patch_embed.img_size).requires_grad_(False).eval()
 
 def tells_of_itself(path):
     "Whether a file was written by `save_encoder`"
     try:
-        with safe_open(Path(path).expanduser(), 'pt') as f: return 'recipe' in (f.metadata() or {})
+        with safe_open(path, 'pt') as f: return 'recipe' in (f.metadata() or {})
     except SafetensorError: return False
 
 def resize(vit, image):
@@ -192,7 +193,7 @@ def fill(vit, name, path):
     except Exception as e: raise SemmaeError(f"{path} does not fit {name} ({' '.join(str(e).split())[:200]}): set `teacher.name` to the one it was trained as") from e  # files differ in many ways
     return vit
 
-# %% ../nbs/02_vit.ipynb #b8beb0b4
+# %% ../nbs/02_vit.ipynb #db6faa79
 class Seen(NamedTuple):
     "What an encoder says of images at a block"
     whole: torch.Tensor      # (B,D) class token; where there is none, the mean of the patches

@@ -212,6 +212,6 @@ def test_several_processes(done):
     project, _ = done
     loss = json.loads((project/'runs/metrics/pretrain.json').read_text())['loss']
     set_param(project, 'processes: 1', 'processes: 2')
-    out = sh(project, 'dvc repro -s teacher pretrain').stdout
+    out = sh(project, 'dvc repro -s -f teacher pretrain').stdout
     assert stages_of(out) == ['teacher', 'pretrain'] and 'epoch 2/2' in out and 'epoch 3/3' in out
     assert abs(json.loads((project/'runs/metrics/pretrain.json').read_text())['loss'] - loss) < .01

@@ -36,7 +36,8 @@ def test_command(project, command, tmp_path, monkeypatch):
     monkeypatch.setenv('HOME', str(tmp_path))
     if 'photos' in command:
         (tmp_path/'photos').mkdir()
-        for i in range(100): Image.new('RGB', (70, 64), (i, 2*i, 255-i)).save(tmp_path/'photos'/f'{i}.jpg')
+        for i, few in enumerate(torch.randint(256, (100, 5, 5, 3), generator=generator(0), dtype=torch.uint8)):
+            Image.fromarray(few.numpy()).resize((70, 64)).save(tmp_path/'photos'/f'{i}.jpg')
         command += ' -S profiles.smoke.pretrain.batch=16'
     if 'cifar10' in command:  # needs the network: that DVC finds every stage and parameter is what can be shown here
         command = 'sed -i "s/^profile: smoke/profile: cifar10/" params.yaml && dvc repro --dry'

@@ -10,7 +10,7 @@ from worker import teach
 
 from semmae.core import SemmaeError, generator
 from semmae.core import read_json, write_json
-from semmae.teacher import Distiller, Views, balance, check_teacher, distil, place, random_blocks, random_colours, shared, teacher_stage, view
+from semmae.teacher import Distiller, Told, Views, balance, check_teacher, distil, place, random_blocks, random_colours, shared, teacher_stage, view
 from semmae.data import load_images
 from semmae.vit import encode, make_encoder
 
@@ -57,8 +57,8 @@ def test_the_loss_is_what_ibot_says(balanced, n_small):
     where = hide.nonzero()[:, 0]
     masked = [torch.stack([patches[j] @ from_patches[j] for j in (where == i).nonzero()[:, 0]]).mean() if hide[i].any() else torch.tensor(0.) for i in range(12)]
     assert loss.item() == pytest.approx(-(torch.stack([torch.stack(p) for p in pairs]).mean() + torch.stack(masked).mean()).item(), abs=1e-5)
-    assert torch.allclose(told[24:48].view(2, 12), whole.view(2, 6, 12).sum(1), atol=1e-5) and told[-3:-1].tolist() == [12, int(hide.sum())]
-    assert told[-1].item() == pytest.approx(sum((whole[i] @ whole[i + 6]).item() for i in range(6)), abs=1e-5)
+    assert torch.allclose(told.answers, whole.view(2, 6, 12).sum(1), atol=1e-5) and told.tokens.tolist() == [12, int(hide.sum())]
+    assert told.agree.item() == pytest.approx(sum((whole[i] @ whole[i + 6]).item() for i in range(6)), abs=1e-5)
 
 
 def test_the_teacher_follows_and_is_not_taught():
@@ -70,10 +70,9 @@ def test_the_teacher_follows_and_is_not_taught():
     assert all(p.grad is None for p in both.teacher.parameters()) and all(p.grad is not None for p in both.student.parameters())
     both.follow(told, .75, centring=.5)
     assert torch.allclose(both.teacher['head'].words, .75*before + .25*both.student['head'].words)
-    assert torch.allclose(both.centres[0], .5*told[:12]/12, atol=1e-6)
+    assert torch.allclose(both.centres[0], .5*told.scores[0]/12, atol=1e-6)
     kept = both.centres[1].clone()
-    told[-2] = 0  # nothing was hidden
-    both.follow(told, 1.)
+    both.follow(told._replace(tokens=torch.tensor([12, 0])), 1.)  # nothing was hidden
     assert torch.equal(both.centres[1], kept)
 
 
@@ -90,10 +89,10 @@ def test_bits_say_how_much_likelier_two_views_of_one_image_agree():
     "Against all pairs of images, one by one; cut into steps as it comes"
     a, b = (torch.rand(30, 7, generator=generator(k)).softmax(1) for k in 'ab')
     b = (a + b)/2
-    told = [torch.cat([torch.zeros(14), x.sum(0), y.sum(0), torch.tensor([2*len(x), 0, (x*y).sum()])]) for x, y in zip(a.split(20), b.split(20))]
+    told = [Told(torch.zeros(2, 7), torch.tensor([2*len(x), 0]), torch.stack([x.sum(0), y.sum(0)]), (x*y).sum()) for x, y in zip(a.split(20), b.split(20))]
     agree = [[(x @ y).item() for y in b] for x in a]
     own, any = sum(agree[i][i] for i in range(30))/30, sum(map(sum, agree))/900
-    assert shared(torch.stack(told)) == pytest.approx(math.log2(own/any), abs=1e-5)
+    assert shared(told) == pytest.approx(math.log2(own/any), abs=1e-5)
 
 
 ART = load_images('data', ['train'], root=ROOT, size=(32, 32), limit=64)[0].images
