@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['features', 'knn', 'whiten', 'fit_linear', 'linear_probe', 'accuracy', 'interval', 'pixels', 'score', 'compare']
 
-# %% ../nbs/09_evaluate.ipynb #aae4844a
+# %% ../nbs/09_evaluate.ipynb #66c48393
 import math
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from .data import Stream, normalize
 from .vit import autocast, encode, make_encoder, pixels_of, prepare
 
-# %% ../nbs/09_evaluate.ipynb #0ada5c1b
+# %% ../nbs/09_evaluate.ipynb #16e94536
 @torch.no_grad()
 def features(encoder,
              data,          # an ImageSet
@@ -31,7 +31,7 @@ def features(encoder,
         if patches: out['patch'].append(tokens[:, n:])
     return {k: torch.cat(v) for k, v in out.items() if v}
 
-# %% ../nbs/09_evaluate.ipynb #874019ae
+# %% ../nbs/09_evaluate.ipynb #d2039b57
 def knn(train, labels, # features (N,D) and classes (N,)
         x,             # features to classify
         k=20, temperature=.07):
@@ -52,7 +52,7 @@ def whiten(x, floor=.01):
     scale = directions/(spread + floor*spread[-1]).clamp(min=1e-12)
     return lambda y: (y - mean) @ scale
 
-# %% ../nbs/09_evaluate.ipynb #5ad6e2b9
+# %% ../nbs/09_evaluate.ipynb #6cd624d7
 def fit_linear(x, y, # features (N,D) and classes (N,)
                penalty, steps=200):
     "Weights (D+1,classes) of a multinomial regression with an L2 penalty"
@@ -95,7 +95,7 @@ def interval(p,         # a share
     mid, half = p + z*z/(2*n), z*math.sqrt(p*(1-p)/n + z*z/(4*n*n))
     return tuple((m/(1 + z*z/n)) for m in (mid - half, mid + half))
 
-# %% ../nbs/09_evaluate.ipynb #f59c53f8
+# %% ../nbs/09_evaluate.ipynb #f48c8cff
 def pixels(data):
     "The images themselves as features"
     return {'mean': normalize(data.images.float()).flatten(1)}
@@ -111,7 +111,7 @@ def score(train, val, test, # features by pooling
         if not raw: out.setdefault('linear', {})[name] = accuracy(linear_probe(train, val, test, y, y_val)[0], y_test)
     return out
 
-# %% ../nbs/09_evaluate.ipynb #aa35d429
+# %% ../nbs/09_evaluate.ipynb #3a93c080
 def compare(name, encoder, # what to call it
             splits,        # ImageSets: train, val, test
             seed=0):
