@@ -7,7 +7,7 @@ __all__ = ['GREY', 'OPENED', 'TRAINED', 'random_colours', 'view', 'place', 'rand
            'balance', 'cross', 'Told', 'Distiller', 'shared', 'Views', 'distil', 'rise', 'val_knn', 'check_teacher',
            'teacher_stage', 'main', 'plot_history']
 
-# %% ../nbs/03_teacher.ipynb #5dc45dd3
+# %% ../nbs/03_teacher.ipynb #31253b5d
 import copy, inspect, math
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +26,7 @@ from .evaluate import accuracy, compare, features, knn, whiten
 from .train import Checkpoint, Shuffled, check_scale, check_schedule, check_whole, enough_memory, join, lr_at, run_epochs, run_key, run_process, world
 from .vit import autocast, encode, encoder_of, open_encoder, prepare, resize, save_encoder
 
-# %% ../nbs/03_teacher.ipynb #d06b66b6
+# %% ../nbs/03_teacher.ipynb #2f20286b
 GREY = .299, .587, .114
 
 def random_colours(imgs,         # (B,3,H,W), 0–255
@@ -55,7 +55,7 @@ def view(images, size, scale, gen):
     x = crop(images, boxes, flips, size)
     return normalize(random_colours(x, gen) if x.shape[1] == 3 else x)
 
-# %% ../nbs/03_teacher.ipynb #575ca024
+# %% ../nbs/03_teacher.ipynb #b392b2ff
 def place(imgs, frame, patch, gen):
     "Small images somewhere on empty frames, and the ids of their patches"
     (h, w), (H, W) = imgs.shape[2:], frame
@@ -80,7 +80,7 @@ def random_blocks(n, grid, gen, share=(.1, .5), chance=.5):
     order = (covered > 0).sum(1) + draw(gen, n, h*w)                     # the earlier covered, the higher
     return order.argsort(1, descending=True).argsort(1) < want[:, None]
 
-# %% ../nbs/03_teacher.ipynb #ce19f138
+# %% ../nbs/03_teacher.ipynb #8088d5a4
 class Standard(nn.Module):
     "Every channel to mean 0 and deviation 1 in the batch of all processes"
     def forward(self, x): # (N,D)
@@ -117,7 +117,7 @@ def cross(p, log_q):
     "Cross-entropies, row by row"
     return -(p*log_q).sum(1)
 
-# %% ../nbs/03_teacher.ipynb #75dc9b98
+# %% ../nbs/03_teacher.ipynb #4ec59ac9
 class Told(NamedTuple):
     "What the teacher told in a step, sums over the batch"
     scores: torch.Tensor   # (2,K) of class tokens, of hidden patches
@@ -166,7 +166,7 @@ class Distiller(nn.Module):
         n = told.tokens[:, None]
         self.centres.lerp_(torch.where(n > 0, told.scores/n.clamp(min=1), self.centres), 1 - centring)
 
-# %% ../nbs/03_teacher.ipynb #e3464f9a
+# %% ../nbs/03_teacher.ipynb #de5f25d3
 def shared(told): # of the steps of an epoch
     "How much likelier two views of one image get the same word than views of two images, in bits"
     _, tokens, answers, agree = (sum(x) for x in zip(*told))
@@ -174,7 +174,7 @@ def shared(told): # of the steps of an epoch
     first, second = answers/n
     return (agree/n/(first @ second)).clamp(min=1e-6).log2().item()
 
-# %% ../nbs/03_teacher.ipynb #58043eea
+# %% ../nbs/03_teacher.ipynb #acd61441
 class Views(Shuffled):
     "What every step sees: large crops (2B,C,H,W), which of their patches are hidden (2B,L), small crops on frames (nB,C,H,W), and the ids of their patches"
     def __init__(self, images, encoder, epochs, batch, large=(.4, 1.), small=(.2, .5), n_small=2, seed=0):
@@ -194,7 +194,7 @@ class Views(Shuffled):
         frames, seen = map(torch.cat, zip(*small)) if small else ([], [])
         return torch.cat(large), torch.cat(hide), frames, seen
 
-# %% ../nbs/03_teacher.ipynb #6900a7d4
+# %% ../nbs/03_teacher.ipynb #dd3fd0dd
 def distil(encoder,           # fresh; trained in place, in the end the average of its training
            images,            # (N,C,H,W) uint8 or a Stream, on the device that trains
            epochs=100,
@@ -244,7 +244,7 @@ def distil(encoder,           # fresh; trained in place, in the end the average 
     def row(epoch):
         bits = shared(told)
         told.clear()
-        check(bits > .1 or epoch <= warmup_epochs, f"the teacher has collapsed: in epoch {epoch} two views of an image get the same word hardly more often than views of two images ({bits:.2f} bits); lower `teacher.lr` or `teacher.sharp`")
+        check(bits > .1 or epoch <= warmup_epochs + 2, f"the teacher has collapsed: in epoch {epoch} two views of an image get the same word hardly more often than views of two images ({bits:.2f} bits); lower `teacher.lr` or `teacher.sharp`")
         now = judge and (epoch % judge_every == 0 or epoch == epochs)
         return dict(bits=bits) | (judge(both.teacher['encoder']) if now else dict.fromkeys(judged, math.nan))
     history = run_epochs(learn, both, epochs, views.per_epoch, batch, 'teacher', state, row, log)
@@ -255,7 +255,7 @@ def rise(done, start, end):
     "From `start` to `end` on a cosine"
     return end + (start - end)*.5*(1 + math.cos(math.pi*done))
 
-# %% ../nbs/03_teacher.ipynb #96f2defa
+# %% ../nbs/03_teacher.ipynb #c4a3be9e
 def val_knn(train, val):
     "A judge for `distil`: what share of the val images nearest neighbours name right, by target"
     def judge(encoder):

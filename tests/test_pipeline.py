@@ -163,11 +163,11 @@ def alive(project):
 
 
 def start(project, log):
-    "`dvc repro` in the background, once its pretraining, of ten epochs and more, has come to the second"
+    "`dvc repro` of one stage in the background, once its pretraining, of ten epochs and more, has come to the second"
     with open(log, 'w') as f:
-        run = subprocess.Popen(['dvc', 'repro'], cwd=project, env=environment(project), stdout=f, stderr=f, start_new_session=True,
+        run = subprocess.Popen(['dvc', 'repro', '-s', 'pretrain'], cwd=project, env=environment(project), stdout=f, stderr=f, start_new_session=True,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a background job inherits "ignore"
-    wait_for(lambda: re.search(r'epoch 2/\d\d', log.read_text()))
+    wait_for(lambda: re.search(r'epoch 2/\d\d', log.read_text()), 180)
     return run
 
 
