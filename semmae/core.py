@@ -7,13 +7,13 @@ __all__ = ['SemmaeError', 'check', 'read_params', 'Generator', 'generator', 'dra
            'die_with_parent', 'grid_size', 'patchify', 'unpatchify', 'blank', 'atomic', 'write_json', 'read_json',
            'write_csv', 'read_csv', 'save_figure', 'file_hash']
 
-# %% ../nbs/00_core.ipynb #a7fa5670
+# %% ../nbs/00_core.ipynb #cc9dd63e
 import contextlib, csv, hashlib, json, os, re, threading, time
 from pathlib import Path
 
 import torch, yaml
 
-# %% ../nbs/00_core.ipynb #6fcd8148
+# %% ../nbs/00_core.ipynb #bf2e899d
 class SemmaeError(Exception):
     "Something a user can mend: the message says what, where and what to do"
 
@@ -21,7 +21,7 @@ def check(ok, message):
     "Raise `message` as a `SemmaeError` unless `ok`"
     if not ok: raise SemmaeError(message)
 
-# %% ../nbs/00_core.ipynb #8e23c1ad
+# %% ../nbs/00_core.ipynb #217e23b3
 class _Loader(yaml.SafeLoader): "YAML that reads 1e-3 as a number, as DVC does"
 _Loader.add_implicit_resolver('tag:yaml.org,2002:float', re.compile(r'[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$'), list('-+.0123456789'))
 
@@ -38,7 +38,7 @@ def read_params(path,          # params.yaml
     check(params['profiles'].get(profile), f"{path} has no profile {profile!r}: set `profile` to one of {known}")
     return dict(params['profiles'][profile], profile=profile)
 
-# %% ../nbs/00_core.ipynb #8cf0e050
+# %% ../nbs/00_core.ipynb #a59e0504
 class Generator(torch.Generator):
     "A torch generator that may stand for some rows of a batch that several processes share"
     rows = None  # (first of ours, rows of the whole batch)
@@ -57,7 +57,7 @@ def draw(gen, n, *shape):
     first, total = getattr(gen, 'rows', None) or (0, n)
     return torch.rand(total, *shape, generator=gen, device=gen.device)[first:first+n]
 
-# %% ../nbs/00_core.ipynb #5f098302
+# %% ../nbs/00_core.ipynb #d3e680f2
 def best_device():
     "The first GPU where there is one, else the CPU"
     return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
@@ -67,7 +67,7 @@ def device_name(device):
     device = torch.device(device)
     return torch.cuda.get_device_name(device) if device.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
 
-# %% ../nbs/00_core.ipynb #5de411a5
+# %% ../nbs/00_core.ipynb #b28c9a72
 def die_with_parent():
     "End this process as soon as the one that started it is gone"
     def watch(parent):
@@ -75,13 +75,13 @@ def die_with_parent():
         os._exit(1)
     threading.Thread(target=watch, args=[os.getppid()], daemon=True).start()
 
-# %% ../nbs/00_core.ipynb #cb6e9d60
+# %% ../nbs/00_core.ipynb #ceab89ed
 def grid_size(size,   # (height, width) of the images
               patch): # side of a patch
     "Rows and columns of patches; the patch must divide the image"
     h, w = size
     check(patch > 0 and h % patch == 0 and w % patch == 0,
-          f"images of {h}×{w} cannot be cut into patches of {patch}: choose `data.size` as a multiple of `encoder.patch_size`")
+          f"images of {h}×{w} cannot be cut into patches of {patch}: choose a size (`data.size`, or an encoder's `image`) that is a multiple of its `patch_size`")
     return h//patch, w//patch
 
 def patchify(imgs,   # (B,C,H,W)
@@ -105,7 +105,7 @@ def blank(imgs, ids, # (B,M) patches to paint over
     x = patchify(imgs, patch)
     return unpatchify(x.scatter(1, ids[..., None].expand(-1, -1, x.shape[2]), value), patch, imgs.shape[2:])
 
-# %% ../nbs/00_core.ipynb #7a7fd2c0
+# %% ../nbs/00_core.ipynb #7fe44f2d
 @contextlib.contextmanager
 def atomic(path):
     "A temporary path that becomes `path` when the block ends well, and goes away when it does not"

@@ -8,7 +8,7 @@ __all__ = ['SOURCES', 'options_of', 'OPTIONS', 'FIT', 'agreement', 'counts', 'ma
            'Clusters', 'TwoLevel', 'Grid', 'Looking', 'used', 'open_parts', 'regions', 'closest', 'rename',
            'make_parts', 'judge_parts', 'parts_stage', 'few_maps']
 
-# %% ../nbs/04_parts.ipynb #f90ee2eb
+# %% ../nbs/04_parts.ipynb #7c6380f9
 import inspect, math
 from collections import defaultdict
 from pathlib import Path
@@ -24,7 +24,7 @@ from .core import SemmaeError, best_device, check, generator, read_params, write
 from .data import SPLITS, Stream, check_labels, load_images, read_maps, whole_parts, write_maps
 from .vit import Seen, gather, load_encoder, look_at, prepare
 
-# %% ../nbs/04_parts.ipynb #7f7834ca
+# %% ../nbs/04_parts.ipynb #95901e23
 def agreement(pred, true): # labels of the same cells, flat
     "NMI and ARI of two labellings"
     return dict(nmi=float(normalized_mutual_info_score(true, pred)), ari=float(adjusted_rand_score(true, pred)))
@@ -69,10 +69,10 @@ def score_parts(pred,          # (N,h,w) labels
 def control(pred, true, seed=0, **kw):
     "The same scores against the truth of other images: what position alone is worth"
     check(len(true) > 1, "one image has no other to be compared with: give more")
-    order = torch.randperm(len(true), generator=generator(seed, 'control')).to(true.device)
-    return score_parts(pred[order], true[order.roll(1)], **kw)
+    order = torch.randperm(len(true), generator=generator(seed, 'control'))
+    return score_parts(pred[order.to(pred.device)], true[order.roll(1).to(true.device)], **kw)
 
-# %% ../nbs/04_parts.ipynb #51dd899b
+# %% ../nbs/04_parts.ipynb #fd792ed9
 def score_keypoints(pred,   # (N,h,w) labels
                     points): # (N,K,3): x and y in fractions of the image, and whether it is seen
     "NMI and ARI between the labels under keypoints and the keypoints' names"
@@ -102,7 +102,7 @@ def read_cub(folder, # CUB_200_2011
             if seen and 0 <= x < 1 and 0 <= y < 1: out[row, k] = torch.tensor([x, y, 1.])
     return out
 
-# %% ../nbs/04_parts.ipynb #56dea9a7
+# %% ../nbs/04_parts.ipynb #b82407f9
 def looks(encoder, images, blocks, batch=50):
     "What the encoder says of images at some blocks, batch by batch"
     prepare(encoder, images.device).eval()
@@ -128,7 +128,7 @@ def nearest(x, centres): # (…,D), (n,D)
     "Which centre is nearest to a direction"
     return torch.cdist(F.normalize(x, dim=-1).flatten(0, -2), centres).argmin(1).view(x.shape[:-1])
 
-# %% ../nbs/04_parts.ipynb #ba2d0794
+# %% ../nbs/04_parts.ipynb #94d523b3
 class Heads:
     "Which head of the class token's attention looks at a cell most, compared with what it looks at on average"
     def __init__(self, seed=0): pass  # nothing is fitted
@@ -145,7 +145,7 @@ class TwoLevel:
                  foreground='means',   # means: where a cell lies between the two means of the last block's tokens; attention: how much the class token looks at it
                  share=None, seed=0):  # of cells called foreground; None: those nearer to the second mean, or looked at more than the average
         check(foreground in ('means', 'attention'), f"`parts.foreground` is {foreground!r}: choose means or attention")
-        check(share is None or 0 < share < 1, f"`parts.share` is {share}: choose a share between 0 and 1, or null")
+        check(share is None or type(share) in (int, float) and 0 < share < 1, f"`parts.share` is {share!r}: choose a share between 0 and 1, or null")
         check(type(n_parts) is int and n_parts > 1, f"`parts.n_parts` is {n_parts!r}: two steps find the background and at least one part, choose 2 or more")
         attention = last.attention.mean(1)
         self.two = None if foreground == 'attention' else k_means(last.patches, 2, seed)
@@ -167,14 +167,15 @@ class TwoLevel:
 
 SOURCES = dict(heads=Heads, k_means=Clusters, two_level=TwoLevel)
 
-# %% ../nbs/04_parts.ipynb #b8498e08
+# %% ../nbs/04_parts.ipynb #89f7a100
 class Grid:
     "Position alone: rectangles"
     def __init__(self, n_parts, grid=(8, 8)):
         check(np.shape(grid) == (2,) and all(type(n) is int and n > 0 for n in grid), f"`parts.grid` is {grid!r}: set it to [rows, columns]")
         h, w = grid
         check(type(n_parts) is int and 0 < n_parts <= h*w, f"{n_parts} parts are not what {h*w} cells hold: choose another `parts.n_parts`")
-        rows = max(r for r in range(1, n_parts + 1) if n_parts % r == 0 and r*r <= n_parts)
+        rows = max((r for r in range(1, h + 1) if n_parts % r == 0 and r*r <= n_parts and n_parts//r <= w), default=None)
+        check(rows, f"{h}×{w} cells cannot be cut into {n_parts} equal blocks: choose another `parts.n_parts`")
         self.map = (torch.arange(h)*rows//h)[:, None]*(n_parts//rows) + torch.arange(w)*(n_parts//rows)//w
 
     def predict(self, images): return self.map.expand(len(images), -1, -1).to(images.device)
@@ -182,13 +183,15 @@ class Grid:
 class Looking:
     "A source that looks through an encoder"
     def __init__(self, encoder, images, source, block=None, seed=0, **options):
-        self.encoder, self.blocks = encoder, [block, None]
+        self.encoder, self.blocks, n_parts = encoder, [block, None], options.get('n_parts', 1)
+        h, w = look_at(encoder, images[:1], self.blocks)[0].patches.shape[1:3]
+        check(type(n_parts) is int and 0 < n_parts <= min(h*w, 256), f"`parts.n_parts` is {n_parts!r}: choose a number up to the {h*w} cells that the encoder sees of an image (at most 256), or raise `teacher.image`")
         fitted_on = () if source == 'heads' else cells(encoder, images, self.blocks, seed=seed)
         self.labels = SOURCES[source](*fitted_on, seed=seed, **options)
 
     def predict(self, images): return torch.cat([self.labels.of(*seen) for seen in looks(self.encoder, images, self.blocks)])
 
-# %% ../nbs/04_parts.ipynb #d752e8a2
+# %% ../nbs/04_parts.ipynb #987397df
 options_of = lambda make: [k for k in inspect.signature(make).parameters if k not in ('there', 'last', 'seed')]
 OPTIONS = dict(grid=options_of(Grid)) | {name: ['block', *options_of(make)] for name, make in SOURCES.items()}
 
@@ -205,11 +208,12 @@ def open_parts(source, encoder=None, images=None, seed=0, **options):
     check(source == 'heads' or 'n_parts' in options, f"how many parts {source} finds is not said: set `parts.n_parts`")
     if source == 'grid': return Grid(**options)
     check(encoder, f"parts from {source} are seen through an encoder and there is none: set `teacher`")
+    check(images is not None and len(images), f"parts from {source} are fitted on images and there are none: give `images`")
     return Looking(encoder, images, source, seed=seed, **options)
 
 
 
-# %% ../nbs/04_parts.ipynb #db91758a
+# %% ../nbs/04_parts.ipynb #b04479a4
 def regions(encoder, images, maps, # (N,h,w)
             block=None):
     "Mean token of every label in every image, of length 1, (N,n_parts,D); zero where an image does not have the label"
@@ -228,7 +232,7 @@ def closest(found,  # from `regions`
     ids = near.flatten().argsort(descending=True)[:min(k, int((near > -2).sum()))]
     return ids//found.shape[1], ids % found.shape[1]
 
-# %% ../nbs/04_parts.ipynb #0a104b02
+# %% ../nbs/04_parts.ipynb #dc5c8d73
 def rename(pred, true):
     "Labels called what the best matching with true parts (on a grid of their own) calls them"
     n_pred, n_true = int(pred.max()) + 1, int(true.max()) + 1
@@ -239,7 +243,7 @@ def rename(pred, true):
     names[names < 0] = [k for k in range(n_pred + n_true) if k not in parts][:(names < 0).sum()]
     return torch.from_numpy(names).to(pred.device)[pred.long()]
 
-# %% ../nbs/04_parts.ipynb #e1260452
+# %% ../nbs/04_parts.ipynb #e9a08ef6
 FIT = 1500 # training images that a source is fitted on
 
 def make_parts(splits,          # name -> ImageSet
@@ -248,7 +252,6 @@ def make_parts(splits,          # name -> ImageSet
                root='.', seed=0,
                **options):
     "Part maps of every split, batch by batch"
-    check(isinstance(source, str), f"`parts.source` is {source!r}: set it to none, given, a folder of maps, or the name of a source")
     options = used(source, options)
     if source == 'given':
         for k, d in splits.items(): check(d.parts is not None, "`parts.source` is given, but the images come without part maps: choose another")
@@ -269,6 +272,7 @@ def judge_parts(maps, # (N,h,w)
 def parts_stage(root, profile=None):
     "Make the part maps that a profile of params.yaml names, in runs/parts"
     cfg, out = read_params(f'{root}/params.yaml', profile), Path(root)/'runs/parts'
+    check(isinstance(cfg.get('parts'), dict) and isinstance(cfg['parts'].get('source'), str), f"`parts` is {cfg.get('parts')!r}: write {{source: none}}, {{source: k_means, n_parts: 6}} …")
     source, splits = cfg['parts']['source'], {}
     options = used(source, {k: v for k, v in cfg['parts'].items() if k != 'source'})
     if source != 'none': splits = dict(zip(SPLITS, [d.to(best_device()) for d in load_images(**cfg['data'], root=root)]))

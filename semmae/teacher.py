@@ -7,7 +7,7 @@ __all__ = ['GREY', 'OPENED', 'TRAINED', 'random_colours', 'view', 'place', 'rand
            'balance', 'cross', 'Told', 'Distiller', 'shared', 'Views', 'distil', 'rise', 'val_knn', 'check_teacher',
            'teacher_stage', 'main', 'plot_history']
 
-# %% ../nbs/03_teacher.ipynb #31253b5d
+# %% ../nbs/03_teacher.ipynb #0ea012e6
 import copy, inspect, math
 from pathlib import Path
 from typing import NamedTuple
@@ -24,9 +24,9 @@ from .core import best_device, check, draw, file_hash, generator, read_params, w
 from .data import crop, load_images, normalize, random_boxes, random_flips
 from .evaluate import accuracy, compare, features, knn, whiten
 from .train import Checkpoint, Shuffled, check_scale, check_schedule, check_whole, enough_memory, join, lr_at, run_epochs, run_key, run_process, world
-from .vit import autocast, encode, encoder_of, open_encoder, prepare, resize, save_encoder
+from .vit import autocast, check_image, encode, encoder_of, open_encoder, prepare, resize, save_encoder
 
-# %% ../nbs/03_teacher.ipynb #2f20286b
+# %% ../nbs/03_teacher.ipynb #b707d009
 GREY = .299, .587, .114
 
 def random_colours(imgs,         # (B,3,H,W), 0–255
@@ -55,7 +55,7 @@ def view(images, size, scale, gen):
     x = crop(images, boxes, flips, size)
     return normalize(random_colours(x, gen) if x.shape[1] == 3 else x)
 
-# %% ../nbs/03_teacher.ipynb #b392b2ff
+# %% ../nbs/03_teacher.ipynb #1e0777bb
 def place(imgs, frame, patch, gen):
     "Small images somewhere on empty frames, and the ids of their patches"
     (h, w), (H, W) = imgs.shape[2:], frame
@@ -80,7 +80,7 @@ def random_blocks(n, grid, gen, share=(.1, .5), chance=.5):
     order = (covered > 0).sum(1) + draw(gen, n, h*w)                     # the earlier covered, the higher
     return order.argsort(1, descending=True).argsort(1) < want[:, None]
 
-# %% ../nbs/03_teacher.ipynb #8088d5a4
+# %% ../nbs/03_teacher.ipynb #649b5d8f
 class Standard(nn.Module):
     "Every channel to mean 0 and deviation 1 in the batch of all processes"
     def forward(self, x): # (N,D)
@@ -117,7 +117,7 @@ def cross(p, log_q):
     "Cross-entropies, row by row"
     return -(p*log_q).sum(1)
 
-# %% ../nbs/03_teacher.ipynb #4ec59ac9
+# %% ../nbs/03_teacher.ipynb #ad0c63ea
 class Told(NamedTuple):
     "What the teacher told in a step, sums over the batch"
     scores: torch.Tensor   # (2,K) of class tokens, of hidden patches
@@ -166,7 +166,7 @@ class Distiller(nn.Module):
         n = told.tokens[:, None]
         self.centres.lerp_(torch.where(n > 0, told.scores/n.clamp(min=1), self.centres), 1 - centring)
 
-# %% ../nbs/03_teacher.ipynb #de5f25d3
+# %% ../nbs/03_teacher.ipynb #2c41961a
 def shared(told): # of the steps of an epoch
     "How much likelier two views of one image get the same word than views of two images, in bits"
     _, tokens, answers, agree = (sum(x) for x in zip(*told))
@@ -174,7 +174,7 @@ def shared(told): # of the steps of an epoch
     first, second = answers/n
     return (agree/n/(first @ second)).clamp(min=1e-6).log2().item()
 
-# %% ../nbs/03_teacher.ipynb #acd61441
+# %% ../nbs/03_teacher.ipynb #363ea0df
 class Views(Shuffled):
     "What every step sees: large crops (2B,C,H,W), which of their patches are hidden (2B,L), small crops on frames (nB,C,H,W), and the ids of their patches"
     def __init__(self, images, encoder, epochs, batch, large=(.4, 1.), small=(.2, .5), n_small=2, seed=0):
@@ -194,7 +194,7 @@ class Views(Shuffled):
         frames, seen = map(torch.cat, zip(*small)) if small else ([], [])
         return torch.cat(large), torch.cat(hide), frames, seen
 
-# %% ../nbs/03_teacher.ipynb #dd3fd0dd
+# %% ../nbs/03_teacher.ipynb #1be24a98
 def distil(encoder,           # fresh; trained in place, in the end the average of its training
            images,            # (N,C,H,W) uint8 or a Stream, on the device that trains
            epochs=100,
@@ -255,7 +255,7 @@ def rise(done, start, end):
     "From `start` to `end` on a cosine"
     return end + (start - end)*.5*(1 + math.cos(math.pi*done))
 
-# %% ../nbs/03_teacher.ipynb #c4a3be9e
+# %% ../nbs/03_teacher.ipynb #5dea20f9
 def val_knn(train, val):
     "A judge for `distil`: what share of the val images nearest neighbours name right, by target"
     def judge(encoder):
@@ -272,13 +272,14 @@ def check_teacher(options):
     check(isinstance(options, dict), f"`teacher` is {options!r}: write null, {{name: …}}, {{weights: …}} or {{encoder: {{…}}, epochs: …}}")
     known = TRAINED if 'epochs' in options else OPENED
     for k in options: check(k in known, f"`teacher` has no parameter {k!r} {'where it is trained' if 'epochs' in options else 'without `epochs`'}: it has {', '.join(known)}")
+    for k in ('name', 'weights'): check(isinstance(options.get(k), (str, type(None))), f"`teacher.{k}` is {options.get(k)!r}: write a name")
     check('epochs' not in options or isinstance(options.get('encoder'), dict), "`teacher.encoder` does not say what is trained: write {patch_size: 8, embed_dim: 128, …}")
 
 def teacher_stage(root, profile=None):
     "Open or train the encoder that a profile of params.yaml describes, results in runs/teacher"
     cfg, out, metrics = read_params(f'{root}/params.yaml', profile), Path(root)/'runs/teacher', Path(root)/'runs/metrics/teacher.json'
     out.mkdir(parents=True, exist_ok=True)
-    if cfg['teacher'] is None: return write_json(metrics, dict(seed=cfg['seed']))
+    if cfg.get('teacher') is None: return write_json(metrics, dict(seed=cfg['seed']))
     check_teacher(options := cfg['teacher'])
     device, history = join(best_device()), None
     splits = [d.to(device) for d in load_images(**cfg['data'], root=root)]
@@ -286,9 +287,11 @@ def teacher_stage(root, profile=None):
         recipe = dict(image=cfg['data']['size']) | options['encoder']
         how = {k: v for k, v in options.items() if k not in ('encoder', 'image')}
         encoder = encoder_of('teacher.encoder', recipe, splits[0].images.shape[1], cfg['seed'])
+        image = options.get('image', cfg['data']['size'])
+        check_image(image, encoder.patch_embed.patch_size[0])
         history = distil(encoder, splits[0].images, **how, seed=cfg['seed'], judge=val_knn(*splits[:2]), checkpoint=Path(root)/'runs/unfinished/teacher.pt')
-        resize(encoder, options.get('image', cfg['data']['size']))
-    else: encoder = open_encoder(**options | ({'weights': Path(root)/Path(options['weights']).expanduser()} if 'weights' in options else {}))
+        resize(encoder, image)
+    else: encoder = open_encoder(**options | ({'weights': Path(root)/Path(options['weights']).expanduser()} if options.get('weights') else {}))
     if world()[0] > 0: return
     save_encoder(encoder, out/'encoder.safetensors')
     if history: write_csv(out/'history.csv', history)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['sincos', 'init_mae', 'plain', 'make_encoder', 'encoder_of', 'remember', 'pixels_of', 'gather', 'encode', 'autocast',
-           'prepare', 'save_encoder', 'read_weights', 'load_encoder', 'open_encoder', 'tells_of_itself', 'resize',
-           'download', 'fill', 'Seen', 'look_at', 'look', 'received']
+           'prepare', 'save_encoder', 'read_weights', 'load_encoder', 'open_encoder', 'tells_of_itself', 'check_image',
+           'resize', 'download', 'fill', 'Seen', 'look_at', 'look', 'received']
 
-# %% ../nbs/02_vit.ipynb #e1c70173
+# %% ../nbs/02_vit.ipynb #70006cc4
 import json
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch import nn
 from .core import SemmaeError, atomic, check, generator, grid_size
 from .data import IMAGENET, normalize, whole
 
-# %% ../nbs/02_vit.ipynb #074c580f
+# %% ../nbs/02_vit.ipynb #25ac3b8a
 def sincos(grid, # (rows, columns)
            dim): # channels
     "MAE's fixed position embedding, (rows·columns, dim)"
@@ -34,7 +34,7 @@ def sincos(grid, # (rows, columns)
     angle = torch.stack([col.flatten(), row.flatten()], 1)[..., None]*freq  # (L,2,dim/4)
     return torch.cat([angle.sin(), angle.cos()], 2).flatten(1).float()
 
-# %% ../nbs/02_vit.ipynb #da9ae17f
+# %% ../nbs/02_vit.ipynb #5f940254
 def init_mae(module):
     "MAE's initial weights, in place"
     for m in module.modules():
@@ -44,7 +44,7 @@ def init_mae(module):
         if isinstance(m, nn.Conv2d): nn.init.xavier_uniform_(m.weight.view(len(m.weight), -1))
     return module
 
-# %% ../nbs/02_vit.ipynb #39915cde
+# %% ../nbs/02_vit.ipynb #a54ea17e
 def plain(name, **kw):
     "A VisionTransformer of timm's without classifier; anything else is refused"
     check(timm.is_model(name), f"timm has no model {name!r}: set `encoder.name` to one of `timm.list_models('vit_*')`")
@@ -85,7 +85,7 @@ def pixels_of(vit, images):
     "Images as they are, (B,C,H,W) bytes of any size, as the encoder expects them"
     return normalize(whole(images, vit.patch_embed.img_size), vit.stats)
 
-# %% ../nbs/02_vit.ipynb #84642962
+# %% ../nbs/02_vit.ipynb #0aa287f1
 def gather(x, ids):
     "Tokens `ids` (B,K) of x (B,L,D)"
     return x.gather(1, ids[..., None].expand(-1, -1, x.shape[2]))
@@ -106,7 +106,7 @@ def encode(vit,            # a timm VisionTransformer
     for block in vit.blocks: x = block(x)
     return vit.fc_norm(vit.norm(x))            # one of the two is the identity
 
-# %% ../nbs/02_vit.ipynb #03cb3a51
+# %% ../nbs/02_vit.ipynb #30256f9e
 def autocast(device):
     "bfloat16 autocast where it pays, else nothing"
     native = device.type == 'cuda' or torch.cpu._is_avx512_bf16_supported()
@@ -118,7 +118,7 @@ def prepare(model, device):
         if hasattr(m, 'fused_attn'): m.fused_attn = device.type != 'cpu'
     return model.to(device)
 
-# %% ../nbs/02_vit.ipynb #8bbf6b48
+# %% ../nbs/02_vit.ipynb #0612dd35
 def save_encoder(vit, path):
     "The encoder's weights and recipe as a safetensors file"
     state = {k: v.detach().cpu().contiguous() for k, v in vit.state_dict().items()}
@@ -135,18 +135,19 @@ def load_encoder(path):
     "The encoder in a file of `save_encoder`'s"
     state, meta = read_weights(path)
     check('recipe' in meta, f"{path} was not written by save_encoder: load it with `timm.create_model(..., checkpoint_path=...)`")
-    vit = make_encoder(**json.loads(meta['recipe']))
-    vit.load_state_dict(state)
+    try:
+        vit = make_encoder(**json.loads(meta['recipe']))
+        vit.load_state_dict(state)
+    except (ValueError, TypeError, RuntimeError) as e: raise SemmaeError(f"{path} does not hold the encoder that it says ({' '.join(str(e).split())[:200]}): make it again") from e
     return vit
 
-# %% ../nbs/02_vit.ipynb #41562762
+# %% ../nbs/02_vit.ipynb #5701ccc7
 def open_encoder(name=None,        # of a VisionTransformer of timm's; None: what `weights` says of itself
                  weights=None,     # a file of weights; None: timm's, downloaded
                  image=None):      # (height, width) it looks at; None: what it was made for
     "A pretrained encoder, frozen"
     weights = weights and Path(weights).expanduser()
     check(name or weights, "no encoder is named: set `teacher.name` to a `vit_*` model of timm's, or `teacher.weights` to a file of weights")
-    check(image is None or np.shape(image) == (2,) and all(type(n) is int for n in image), f"`teacher.image` is {image!r}: set it to [height, width]")
     check(not name or timm.is_model(name), f"timm has no model {name!r}: set `teacher.name` to one of `timm.list_models('vit_*')`")
     check(not weights or weights.is_file(), f"there is no {weights}: correct `teacher.weights`")
     if weights and tells_of_itself(weights):
@@ -154,31 +155,33 @@ def open_encoder(name=None,        # of a VisionTransformer of timm's; None: wha
         check(name in (None, vit.recipe['name']), f"{weights} does not fit {name}, it holds a {vit.recipe['name']}: set `teacher.name` to that, or leave it out")
     else:
         check(name, f"{weights} does not say which model it holds: set `teacher.name` to the one it was trained as")
-        size = dict(img_size=tuple(image)) if image else {}
-        vit = download(name, **size) if weights is None else fill(plain(name, **size), name, weights)
+        vit = plain(name) if weights else download(name)
         remember(vit, name, [list(vit.pretrained_cfg[k]) for k in ('mean', 'std')])
+        if weights: fill(resize(vit, image or vit.patch_embed.img_size), name, weights)
     return resize(vit, image or vit.patch_embed.img_size).requires_grad_(False).eval()
 
 def tells_of_itself(path):
     "Whether a file was written by `save_encoder`"
-    try:
-        with safe_open(path, 'pt') as f: return 'recipe' in (f.metadata() or {})
-    except SafetensorError: return False
+    return path.suffix == '.safetensors' and 'recipe' in read_weights(path)[1]
+
+def check_image(image, patch):
+    "What an encoder looks at is a size that its patches cut"
+    check(np.shape(image) == (2,) and all(type(n) is int for n in image), f"`teacher.image` is {image!r}: set it to [height, width]")
+    check(all(n >= patch and n % patch == 0 for n in image), f"images of {image[0]}×{image[1]} cannot be cut into the encoder's patches of {patch}: choose `teacher.image` as a multiple")
 
 def resize(vit, image):
     "Let an encoder look at another size"
-    patch = vit.patch_embed.patch_size[0]
-    check(all(n >= patch and n % patch == 0 for n in image), f"images of {image[0]}×{image[1]} cannot be cut into the encoder's patches of {patch}: choose `teacher.image` as a multiple")
+    check_image(image, vit.patch_embed.patch_size[0])
     vit.set_input_size(img_size=tuple(image))
     vit.recipe['image'] = list(image)
     return vit
 
-def download(name, **kw):
+def download(name):
     "A model of timm's with the weights that timm downloads"
     cfg, kind = timm.get_pretrained_cfg(name), timm.model_entrypoint(name).__module__
     check(cfg and (cfg.url or cfg.hf_hub_id or cfg.file), f"timm has no weights for {name}: choose another `teacher.name`, or set `teacher.weights` to a file")
     check(kind.endswith(('vision_transformer', 'deit')), f"{name} is no plain VisionTransformer: set `teacher.name` to a `vit_*` model of timm's")
-    try: return plain(name, pretrained=True, **kw)
+    try: return plain(name, pretrained=True)
     except SemmaeError: raise
     except Exception as e: raise SemmaeError(f"timm cannot download weights for {name} ({' '.join(str(e).split())[:200]}): go online, choose another `teacher.name`, or set `teacher.weights` to a file") from e  # from whichever library fetches
 
@@ -193,7 +196,7 @@ def fill(vit, name, path):
     except Exception as e: raise SemmaeError(f"{path} does not fit {name} ({' '.join(str(e).split())[:200]}): set `teacher.name` to the one it was trained as") from e  # files differ in many ways
     return vit
 
-# %% ../nbs/02_vit.ipynb #db6faa79
+# %% ../nbs/02_vit.ipynb #4bbef6a8
 class Seen(NamedTuple):
     "What an encoder says of images at a block"
     whole: torch.Tensor      # (B,D) class token; where there is none, the mean of the patches
@@ -208,6 +211,7 @@ def look_at(vit,
     blocks, n, out = [len(vit.blocks) if k is None else k for k in blocks], vit.num_prefix_tokens, {}
     for k in blocks: check(type(k) is int and 1 <= k <= len(vit.blocks), f"the encoder has {len(vit.blocks)} blocks: choose `parts.block` among them, not {k}")
     check(all(type(b) is Block and type(b.attn) is Attention for b in vit.blocks), f"the attention in blocks of {type(vit.blocks[0]).__name__} and {type(getattr(vit.blocks[0], 'attn', None)).__name__} cannot be read: choose another `teacher.name`, one of timm's plain `vit_*`")
+    check(min(images.shape[2:]) >= vit.patch_embed.patch_size[0], f"images of {images.shape[2]}×{images.shape[3]} are smaller than the encoder's patches of {vit.patch_embed.patch_size[0]}: raise `data.size`, or choose another `teacher`")
     check(images.shape[1] == vit.patch_embed.proj.in_channels, f"the encoder looks at images of {vit.patch_embed.proj.in_channels} channels and these have {images.shape[1]}: set `data.channels`")
     unflat = lambda v: v.float().unflatten(-1, vit.patch_embed.grid_size)
     with autocast(images.device):

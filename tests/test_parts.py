@@ -169,6 +169,31 @@ def test_a_head_is_the_one_that_looks_most(stub):
     assert torch.equal(fitted(stub, 'heads'), torch.tensor([1, 3, 0, 2])[Stub.truth]), 'head 0 looks at part 2, head 1 at the background …'
 
 
+def loud(images, blocks, k=30.):
+    "The same, but head 0 looks at everything `k` times as hard and some tokens are `k` times as long"
+    there, last = Stub.seen(images, blocks)
+    much = torch.rand(last.patches.shape[:3], generator=generator('loud'))[..., None]*k + 1
+    return [there._replace(attention=there.attention*torch.tensor([k, 1, 1, 1])[:, None, None], patches=there.patches*much), last._replace(patches=last.patches*much)]
+
+
+def test_directions_count_and_not_how_loud_they_are(stub, monkeypatch):
+    heads = fitted(stub, 'heads')
+    monkeypatch.setattr('semmae.parts.look_at', lambda vit, images, blocks: loud(images, blocks))
+    assert torch.equal(fitted(stub, 'heads'), heads), 'a head is compared with what it looks at on average'
+    assert agree(fitted(stub, 'k_means', n_parts=4))['nmi'] == pytest.approx(1)
+    assert torch.equal(fitted(stub, 'two_level', n_parts=4, share=7/12) > 0, Stub.truth > 0)
+
+
+def test_maps_are_predicted_when_they_are_asked_for(stub, monkeypatch):
+    looked = []
+    monkeypatch.setattr('semmae.parts.look_at', lambda vit, images, blocks: looked.append(len(images)) or Stub.seen(images, blocks))
+    images = ImageSet(stub)
+    maps = make_parts(dict(train=images, test=images), 'k_means', torch.nn.Module(), n_parts=4, block=1)
+    before = len(looked)
+    next(iter(maps['test']))
+    assert len(looked) == before + 1, 'nothing before, one batch then'
+
+
 def test_a_grid_is_blocks_not_stripes():
     assert open_parts('grid', n_parts=6, grid=(4, 6)).predict(IMAGES['val'])[0].tolist() == [[0, 0, 1, 1, 2, 2]]*2 + [[3, 3, 4, 4, 5, 5]]*2
 
