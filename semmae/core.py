@@ -7,13 +7,13 @@ __all__ = ['SemmaeError', 'check', 'read_params', 'Generator', 'generator', 'dra
            'die_with_parent', 'grid_size', 'patchify', 'unpatchify', 'blank', 'atomic', 'write_json', 'read_json',
            'write_csv', 'read_csv', 'save_figure', 'file_hash']
 
-# %% ../nbs/00_core.ipynb #cc9dd63e
+# %% ../nbs/00_core.ipynb #ddd6ad81
 import contextlib, csv, hashlib, json, os, re, threading, time
 from pathlib import Path
 
 import torch, yaml
 
-# %% ../nbs/00_core.ipynb #bf2e899d
+# %% ../nbs/00_core.ipynb #9352e965
 class SemmaeError(Exception):
     "Something a user can mend: the message says what, where and what to do"
 
@@ -21,7 +21,7 @@ def check(ok, message):
     "Raise `message` as a `SemmaeError` unless `ok`"
     if not ok: raise SemmaeError(message)
 
-# %% ../nbs/00_core.ipynb #217e23b3
+# %% ../nbs/00_core.ipynb #5a2d546d
 class _Loader(yaml.SafeLoader): "YAML that reads 1e-3 as a number, as DVC does"
 _Loader.add_implicit_resolver('tag:yaml.org,2002:float', re.compile(r'[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$'), list('-+.0123456789'))
 
@@ -38,7 +38,7 @@ def read_params(path,          # params.yaml
     check(params['profiles'].get(profile), f"{path} has no profile {profile!r}: set `profile` to one of {known}")
     return dict(params['profiles'][profile], profile=profile)
 
-# %% ../nbs/00_core.ipynb #a59e0504
+# %% ../nbs/00_core.ipynb #3f7f5465
 class Generator(torch.Generator):
     "A torch generator that may stand for some rows of a batch that several processes share"
     rows = None  # (first of ours, rows of the whole batch)
@@ -57,7 +57,7 @@ def draw(gen, n, *shape):
     first, total = getattr(gen, 'rows', None) or (0, n)
     return torch.rand(total, *shape, generator=gen, device=gen.device)[first:first+n]
 
-# %% ../nbs/00_core.ipynb #d3e680f2
+# %% ../nbs/00_core.ipynb #ff197ca7
 def best_device():
     "The first GPU where there is one, else the CPU"
     return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
@@ -67,7 +67,7 @@ def device_name(device):
     device = torch.device(device)
     return torch.cuda.get_device_name(device) if device.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
 
-# %% ../nbs/00_core.ipynb #b28c9a72
+# %% ../nbs/00_core.ipynb #80826501
 def die_with_parent():
     "End this process as soon as the one that started it is gone"
     def watch(parent):
@@ -75,7 +75,7 @@ def die_with_parent():
         os._exit(1)
     threading.Thread(target=watch, args=[os.getppid()], daemon=True).start()
 
-# %% ../nbs/00_core.ipynb #ceab89ed
+# %% ../nbs/00_core.ipynb #e8ca8075
 def grid_size(size,   # (height, width) of the images
               patch): # side of a patch
     "Rows and columns of patches; the patch must divide the image"
@@ -105,7 +105,7 @@ def blank(imgs, ids, # (B,M) patches to paint over
     x = patchify(imgs, patch)
     return unpatchify(x.scatter(1, ids[..., None].expand(-1, -1, x.shape[2]), value), patch, imgs.shape[2:])
 
-# %% ../nbs/00_core.ipynb #7fe44f2d
+# %% ../nbs/00_core.ipynb #b86b779d
 @contextlib.contextmanager
 def atomic(path):
     "A temporary path that becomes `path` when the block ends well, and goes away when it does not"

@@ -7,7 +7,7 @@ __all__ = ['sincos', 'init_mae', 'plain', 'make_encoder', 'encoder_of', 'remembe
            'prepare', 'save_encoder', 'read_weights', 'load_encoder', 'open_encoder', 'tells_of_itself', 'check_image',
            'resize', 'download', 'fill', 'Seen', 'look_at', 'look', 'received']
 
-# %% ../nbs/02_vit.ipynb #70006cc4
+# %% ../nbs/02_vit.ipynb #c35cdc01
 import json
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch import nn
 from .core import SemmaeError, atomic, check, generator, grid_size
 from .data import IMAGENET, normalize, whole
 
-# %% ../nbs/02_vit.ipynb #25ac3b8a
+# %% ../nbs/02_vit.ipynb #ce2a7f25
 def sincos(grid, # (rows, columns)
            dim): # channels
     "MAE's fixed position embedding, (rows·columns, dim)"
@@ -34,7 +34,7 @@ def sincos(grid, # (rows, columns)
     angle = torch.stack([col.flatten(), row.flatten()], 1)[..., None]*freq  # (L,2,dim/4)
     return torch.cat([angle.sin(), angle.cos()], 2).flatten(1).float()
 
-# %% ../nbs/02_vit.ipynb #5f940254
+# %% ../nbs/02_vit.ipynb #2a26785f
 def init_mae(module):
     "MAE's initial weights, in place"
     for m in module.modules():
@@ -44,7 +44,7 @@ def init_mae(module):
         if isinstance(m, nn.Conv2d): nn.init.xavier_uniform_(m.weight.view(len(m.weight), -1))
     return module
 
-# %% ../nbs/02_vit.ipynb #a54ea17e
+# %% ../nbs/02_vit.ipynb #ee806f5f
 def plain(name, **kw):
     "A VisionTransformer of timm's without classifier; anything else is refused"
     check(timm.is_model(name), f"timm has no model {name!r}: set `encoder.name` to one of `timm.list_models('vit_*')`")
@@ -85,7 +85,7 @@ def pixels_of(vit, images):
     "Images as they are, (B,C,H,W) bytes of any size, as the encoder expects them"
     return normalize(whole(images, vit.patch_embed.img_size), vit.stats)
 
-# %% ../nbs/02_vit.ipynb #0aa287f1
+# %% ../nbs/02_vit.ipynb #76148ddf
 def gather(x, ids):
     "Tokens `ids` (B,K) of x (B,L,D)"
     return x.gather(1, ids[..., None].expand(-1, -1, x.shape[2]))
@@ -106,7 +106,7 @@ def encode(vit,            # a timm VisionTransformer
     for block in vit.blocks: x = block(x)
     return vit.fc_norm(vit.norm(x))            # one of the two is the identity
 
-# %% ../nbs/02_vit.ipynb #30256f9e
+# %% ../nbs/02_vit.ipynb #cf3aa719
 def autocast(device):
     "bfloat16 autocast where it pays, else nothing"
     native = device.type == 'cuda' or torch.cpu._is_avx512_bf16_supported()
@@ -118,7 +118,7 @@ def prepare(model, device):
         if hasattr(m, 'fused_attn'): m.fused_attn = device.type != 'cpu'
     return model.to(device)
 
-# %% ../nbs/02_vit.ipynb #0612dd35
+# %% ../nbs/02_vit.ipynb #38c1216a
 def save_encoder(vit, path):
     "The encoder's weights and recipe as a safetensors file"
     state = {k: v.detach().cpu().contiguous() for k, v in vit.state_dict().items()}
@@ -141,7 +141,7 @@ def load_encoder(path):
     except (ValueError, TypeError, RuntimeError) as e: raise SemmaeError(f"{path} does not hold the encoder that it says ({' '.join(str(e).split())[:200]}): make it again") from e
     return vit
 
-# %% ../nbs/02_vit.ipynb #5701ccc7
+# %% ../nbs/02_vit.ipynb #dc4aed0f
 def open_encoder(name=None,        # of a VisionTransformer of timm's; None: what `weights` says of itself
                  weights=None,     # a file of weights; None: timm's, downloaded
                  image=None):      # (height, width) it looks at; None: what it was made for
@@ -196,7 +196,7 @@ def fill(vit, name, path):
     except Exception as e: raise SemmaeError(f"{path} does not fit {name} ({' '.join(str(e).split())[:200]}): set `teacher.name` to the one it was trained as") from e  # files differ in many ways
     return vit
 
-# %% ../nbs/02_vit.ipynb #4bbef6a8
+# %% ../nbs/02_vit.ipynb #13cd3ec6
 class Seen(NamedTuple):
     "What an encoder says of images at a block"
     whole: torch.Tensor      # (B,D) class token; where there is none, the mean of the patches
