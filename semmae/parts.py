@@ -8,7 +8,7 @@ __all__ = ['SOURCES', 'options_of', 'OPTIONS', 'FIT', 'agreement', 'counts', 'ma
            'Clusters', 'TwoLevel', 'Grid', 'Looking', 'used', 'open_parts', 'regions', 'closest', 'rename',
            'make_parts', 'judge_parts', 'parts_stage', 'few_maps']
 
-# %% ../nbs/04_parts.ipynb #ddd23446
+# %% ../nbs/04_parts.ipynb #1188e63f
 import inspect, math
 from collections import defaultdict
 from pathlib import Path
@@ -24,7 +24,7 @@ from .core import SemmaeError, best_device, check, generator, read_params, write
 from .data import SPLITS, Stream, check_labels, load_images, read_maps, whole_parts, write_maps
 from .vit import Seen, gather, load_encoder, look_at, prepare
 
-# %% ../nbs/04_parts.ipynb #d877c8db
+# %% ../nbs/04_parts.ipynb #5faf2037
 def agreement(pred, true): # labels of the same cells, flat
     "NMI and ARI of two labellings"
     return dict(nmi=float(normalized_mutual_info_score(true, pred)), ari=float(adjusted_rand_score(true, pred)))
@@ -50,6 +50,7 @@ def foreground_iou(inside, cells): # of every label: cells in the true foregroun
     order = (inside/np.maximum(cells, 1)).argsort()[::-1]
     return float((inside[order].cumsum()/np.maximum(inside.sum() + (cells - inside)[order].cumsum(), 1)).max())
 
+# %% ../nbs/04_parts.ipynb #cb4c7e31
 def score_parts(pred,          # (N,h,w) labels
                 true,          # (N,H,W) true parts, on a grid of their own
                 background=0,  # the true part that is no part
@@ -72,7 +73,7 @@ def control(pred, true, seed=0, **kw):
     order = torch.randperm(len(true), generator=generator(seed, 'control'))
     return score_parts(pred[order.to(pred.device)], true[order.roll(1).to(true.device)], **kw)
 
-# %% ../nbs/04_parts.ipynb #fd5c6082
+# %% ../nbs/04_parts.ipynb #64a26283
 def score_keypoints(pred,   # (N,h,w) labels
                     points): # (N,K,3): x and y in fractions of the image, and whether it is seen
     "NMI and ARI between the labels under keypoints and the keypoints' names"
@@ -102,7 +103,7 @@ def read_cub(folder, # CUB_200_2011
             if seen and 0 <= x < 1 and 0 <= y < 1: out[row, k] = torch.tensor([x, y, 1.])
     return out
 
-# %% ../nbs/04_parts.ipynb #c949ed74
+# %% ../nbs/04_parts.ipynb #6e740f4c
 def looks(encoder, images, blocks, batch=50):
     "What the encoder says of images at some blocks, batch by batch"
     prepare(encoder, images.device).eval()
@@ -128,7 +129,7 @@ def nearest(x, centres): # (…,D), (n,D)
     "Which centre is nearest to a direction"
     return torch.cdist(F.normalize(x, dim=-1).flatten(0, -2), centres).argmin(1).view(x.shape[:-1])
 
-# %% ../nbs/04_parts.ipynb #1fd9389a
+# %% ../nbs/04_parts.ipynb #e64e7d6c
 class Heads:
     "Which head of the class token's attention looks at a cell most, compared with what it looks at on average"
     def __init__(self, seed=0): pass  # nothing is fitted
@@ -139,6 +140,7 @@ class Clusters:
     def __init__(self, there, last, n_parts, seed=0): self.centres = k_means(there.patches, n_parts, seed)
     def of(self, there, last): return nearest(there.patches, self.centres)
 
+# %% ../nbs/04_parts.ipynb #1db464d1
 class TwoLevel:
     "Label 0 where the foreground scores low, k-means in the rest"
     def __init__(self, there, last, n_parts,
@@ -167,7 +169,7 @@ class TwoLevel:
 
 SOURCES = dict(heads=Heads, k_means=Clusters, two_level=TwoLevel)
 
-# %% ../nbs/04_parts.ipynb #de9b9786
+# %% ../nbs/04_parts.ipynb #ae050f44
 class Grid:
     "Position alone: rectangles"
     def __init__(self, n_parts, grid=(8, 8)):
@@ -191,7 +193,7 @@ class Looking:
 
     def predict(self, images): return torch.cat([self.labels.of(*seen) for seen in looks(self.encoder, images, self.blocks)])
 
-# %% ../nbs/04_parts.ipynb #c475751d
+# %% ../nbs/04_parts.ipynb #1980a68b
 options_of = lambda make: [k for k in inspect.signature(make).parameters if k not in ('there', 'last', 'seed')]
 OPTIONS = dict(grid=options_of(Grid)) | {name: ['block', *options_of(make)] for name, make in SOURCES.items()}
 
@@ -213,7 +215,7 @@ def open_parts(source, encoder=None, images=None, seed=0, **options):
 
 
 
-# %% ../nbs/04_parts.ipynb #8fdccef4
+# %% ../nbs/04_parts.ipynb #1d434ab1
 def regions(encoder, images, maps, # (N,h,w)
             block=None):
     "Mean token of every label in every image, of length 1, (N,n_parts,D); zero where an image does not have the label"
@@ -232,7 +234,7 @@ def closest(found,  # from `regions`
     ids = near.flatten().argsort(descending=True)[:min(k, int((near > -2).sum()))]
     return ids//found.shape[1], ids % found.shape[1]
 
-# %% ../nbs/04_parts.ipynb #17d1cf65
+# %% ../nbs/04_parts.ipynb #6c781481
 def rename(pred, true):
     "Labels called what the best matching with true parts (on a grid of their own) calls them"
     n_pred, n_true = int(pred.max()) + 1, int(true.max()) + 1
@@ -243,7 +245,7 @@ def rename(pred, true):
     names[names < 0] = [k for k in range(n_pred + n_true) if k not in parts][:(names < 0).sum()]
     return torch.from_numpy(names).to(pred.device)[pred.long()]
 
-# %% ../nbs/04_parts.ipynb #07220d23
+# %% ../nbs/04_parts.ipynb #06ffd37b
 FIT = 1500 # training images that a source is fitted on
 
 def make_parts(splits,          # name -> ImageSet
@@ -263,6 +265,7 @@ def make_parts(splits,          # name -> ImageSet
     found = open_parts(source, encoder, images[some.to('cpu' if isinstance(images, Stream) else images.device)], seed, **options)
     return {k: map(found.predict, d.images.split(250)) for k, d in splits.items()}
 
+# %% ../nbs/04_parts.ipynb #a8d208d7
 def judge_parts(maps, # (N,h,w)
                 true=None, n_parts=None):
     "What is known of the maps of a split: scores and the control where there is a truth, else how much each label holds"

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['GREY', 'OPENED', 'TRAINED', 'random_colours', 'view', 'place', 'random_blocks', 'Standard', 'Head', 'everywhere',
-           'balance', 'cross', 'Told', 'Distiller', 'shared', 'Views', 'distil', 'rise', 'val_knn', 'check_teacher',
-           'teacher_stage', 'main', 'plot_history']
+           'balance', 'cross', 'Told', 'Distiller', 'shared', 'check_bits', 'Views', 'check_distil', 'rise', 'distil',
+           'val_knn', 'check_teacher', 'teacher_stage', 'main', 'plot_history']
 
-# %% ../nbs/03_teacher.ipynb #0ea012e6
+# %% ../nbs/03_teacher.ipynb #4eb479d0
 import copy, inspect, math
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +26,7 @@ from .evaluate import accuracy, compare, features, knn, whiten
 from .train import Checkpoint, Shuffled, check_scale, check_schedule, check_whole, enough_memory, join, lr_at, run_epochs, run_key, run_process, world
 from .vit import autocast, check_image, encode, encoder_of, open_encoder, prepare, resize, save_encoder
 
-# %% ../nbs/03_teacher.ipynb #b707d009
+# %% ../nbs/03_teacher.ipynb #1d5cf3fe
 GREY = .299, .587, .114
 
 def random_colours(imgs,         # (B,3,H,W), 0–255
@@ -55,7 +55,7 @@ def view(images, size, scale, gen):
     x = crop(images, boxes, flips, size)
     return normalize(random_colours(x, gen) if x.shape[1] == 3 else x)
 
-# %% ../nbs/03_teacher.ipynb #1e0777bb
+# %% ../nbs/03_teacher.ipynb #885943aa
 def place(imgs, frame, patch, gen):
     "Small images somewhere on empty frames, and the ids of their patches"
     (h, w), (H, W) = imgs.shape[2:], frame
@@ -80,7 +80,7 @@ def random_blocks(n, grid, gen, share=(.1, .5), chance=.5):
     order = (covered > 0).sum(1) + draw(gen, n, h*w)                     # the earlier covered, the higher
     return order.argsort(1, descending=True).argsort(1) < want[:, None]
 
-# %% ../nbs/03_teacher.ipynb #649b5d8f
+# %% ../nbs/03_teacher.ipynb #8e4253fe
 class Standard(nn.Module):
     "Every channel to mean 0 and deviation 1 in the batch of all processes"
     def forward(self, x): # (N,D)
@@ -117,7 +117,7 @@ def cross(p, log_q):
     "Cross-entropies, row by row"
     return -(p*log_q).sum(1)
 
-# %% ../nbs/03_teacher.ipynb #ad0c63ea
+# %% ../nbs/03_teacher.ipynb #cf9f9358
 class Told(NamedTuple):
     "What the teacher told in a step, sums over the batch"
     scores: torch.Tensor   # (2,K) of class tokens, of hidden patches
@@ -125,6 +125,7 @@ class Told(NamedTuple):
     answers: torch.Tensor  # (2,K) to first and to second views
     agree: torch.Tensor    # how far answers to the two views of an image agree
 
+# %% ../nbs/03_teacher.ipynb #af572409
 class Distiller(nn.Module):
     "A student, its teacher and what they say to each other"
     def __init__(self, encoder, n_words=512, balanced=True, seed=0):
@@ -166,7 +167,7 @@ class Distiller(nn.Module):
         n = told.tokens[:, None]
         self.centres.lerp_(torch.where(n > 0, told.scores/n.clamp(min=1), self.centres), 1 - centring)
 
-# %% ../nbs/03_teacher.ipynb #2c41961a
+# %% ../nbs/03_teacher.ipynb #e8e74eee
 def shared(told): # of the steps of an epoch
     "How much likelier two views of one image get the same word than views of two images, in bits"
     _, tokens, answers, agree = (sum(x) for x in zip(*told))
@@ -174,7 +175,11 @@ def shared(told): # of the steps of an epoch
     first, second = answers/n
     return (agree/n/(first @ second)).clamp(min=1e-6).log2().item()
 
-# %% ../nbs/03_teacher.ipynb #363ea0df
+def check_bits(bits, epoch, warmup_epochs):
+    "Training stops where answers have nothing to do with images"
+    check(bits > .1 or epoch <= warmup_epochs + 2, f"the teacher has collapsed: in epoch {epoch} two views of an image get the same word hardly more often than views of two images ({bits:.2f} bits); lower `teacher.lr` or `teacher.sharp`")
+
+# %% ../nbs/03_teacher.ipynb #d3a85ca1
 class Views(Shuffled):
     "What every step sees: large crops (2B,C,H,W), which of their patches are hidden (2B,L), small crops on frames (nB,C,H,W), and the ids of their patches"
     def __init__(self, images, encoder, epochs, batch, large=(.4, 1.), small=(.2, .5), n_small=2, seed=0):
@@ -194,7 +199,21 @@ class Views(Shuffled):
         frames, seen = map(torch.cat, zip(*small)) if small else ([], [])
         return torch.cat(large), torch.cat(hide), frames, seen
 
-# %% ../nbs/03_teacher.ipynb #1be24a98
+# %% ../nbs/03_teacher.ipynb #1ac5a2f5
+def check_distil(epochs, batch, n_words, judge_every, balanced, momentum, sharp, **real):
+    "What can be wrong with the numbers that `distil` is given"
+    check_whole('teacher', n_words=n_words, judge_every=judge_every)
+    check(balanced in (True, False), f"`teacher.balanced` is {balanced!r}: set it to true or false")
+    check(batch >= world()[1], f"a batch of {batch} cannot be cut into {world()[1]} processes: raise `teacher.batch`")
+    check_schedule('teacher', epochs, momentum=momentum, sharp=sharp, **real)
+    check(momentum <= 1, f"`teacher.momentum` is {momentum}: choose a share, at most 1")
+    check(0 < sharp < .1, f"`teacher.sharp` is {sharp}: choose a temperature below 0.1, which is the student's")
+
+def rise(done, start, end):
+    "From `start` to `end` on a cosine"
+    return end + (start - end)*.5*(1 + math.cos(math.pi*done))
+
+# %% ../nbs/03_teacher.ipynb #b8868208
 def distil(encoder,           # fresh; trained in place, in the end the average of its training
            images,            # (N,C,H,W) uint8 or a Stream, on the device that trains
            epochs=100,
@@ -216,13 +235,8 @@ def distil(encoder,           # fresh; trained in place, in the end the average 
     "Train an encoder by self-distillation; rows of epoch, step, loss, bits (see `shared`) and what `judge` says"
     params = {k: v for k, v in locals().items() if k not in ('encoder', 'images', 'judge', 'checkpoint', 'log')}
     for k in kw: check(k in ('large', 'small', 'n_small'), f"`teacher` has no parameter {k!r}: remove or correct it")
-    check_whole('teacher', n_words=n_words, judge_every=judge_every)
-    check(balanced in (True, False), f"`teacher.balanced` is {balanced!r}: set it to true or false")
     views, (rank, ranks) = Views(images, encoder, epochs, batch, seed=seed, **kw), world()
-    check(batch >= ranks, f"a batch of {batch} cannot be cut into {ranks} processes: raise `teacher.batch`")
-    check_schedule('teacher', epochs, warmup_epochs=warmup_epochs, lr=lr, weight_decay=weight_decay, momentum=momentum, clip=clip, sharp=sharp)
-    check(momentum <= 1, f"`teacher.momentum` is {momentum}: choose a share, at most 1")
-    check(0 < sharp < .1, f"`teacher.sharp` is {sharp}: choose a temperature below 0.1, which is the student's")
+    check_distil(epochs, batch, n_words, judge_every, balanced, momentum, sharp, warmup_epochs=warmup_epochs, lr=lr, weight_decay=weight_decay, clip=clip)
     with enough_memory(batch, 'teacher'): both = prepare(Distiller(encoder, n_words, balanced, seed), images.device)
     model = DistributedDataParallel(both) if ranks > 1 else both
     opt = create_optimizer_v2(both, 'adamw', lr=lr, weight_decay=weight_decay, fused=True)
@@ -244,18 +258,14 @@ def distil(encoder,           # fresh; trained in place, in the end the average 
     def row(epoch):
         bits = shared(told)
         told.clear()
-        check(bits > .1 or epoch <= warmup_epochs + 2, f"the teacher has collapsed: in epoch {epoch} two views of an image get the same word hardly more often than views of two images ({bits:.2f} bits); lower `teacher.lr` or `teacher.sharp`")
+        check_bits(bits, epoch, warmup_epochs)
         now = judge and (epoch % judge_every == 0 or epoch == epochs)
         return dict(bits=bits) | (judge(both.teacher['encoder']) if now else dict.fromkeys(judged, math.nan))
     history = run_epochs(learn, both, epochs, views.per_epoch, batch, 'teacher', state, row, log)
     encoder.load_state_dict(both.teacher['encoder'].state_dict())
     return [dict(epoch=0, step=0, loss=math.nan, bits=math.nan) | judged, *history]
 
-def rise(done, start, end):
-    "From `start` to `end` on a cosine"
-    return end + (start - end)*.5*(1 + math.cos(math.pi*done))
-
-# %% ../nbs/03_teacher.ipynb #5dea20f9
+# %% ../nbs/03_teacher.ipynb #0726458d
 def val_knn(train, val):
     "A judge for `distil`: what share of the val images nearest neighbours name right, by target"
     def judge(encoder):
@@ -264,6 +274,7 @@ def val_knn(train, val):
         return {f'knn_{k}': accuracy(knn(white(x), t, white(y)), val.targets[k]) for k, t in train.targets.items()}
     return judge if train.targets else None
 
+# %% ../nbs/03_teacher.ipynb #500c0165
 OPENED, TRAINED = ('name', 'weights', 'image'), ('encoder', 'image', 'large', 'small', 'n_small',
                                                         *[k for k in inspect.signature(distil).parameters if k not in ('images', 'encoder', 'seed', 'judge', 'checkpoint', 'log', 'kw')])
 
@@ -275,6 +286,7 @@ def check_teacher(options):
     for k in ('name', 'weights'): check(isinstance(options.get(k), (str, type(None))), f"`teacher.{k}` is {options.get(k)!r}: write a name")
     check('epochs' not in options or isinstance(options.get('encoder'), dict), "`teacher.encoder` does not say what is trained: write {patch_size: 8, embed_dim: 128, …}")
 
+# %% ../nbs/03_teacher.ipynb #da06e84e
 def teacher_stage(root, profile=None):
     "Open or train the encoder that a profile of params.yaml describes, results in runs/teacher"
     cfg, out, metrics = read_params(f'{root}/params.yaml', profile), Path(root)/'runs/teacher', Path(root)/'runs/metrics/teacher.json'
@@ -302,6 +314,7 @@ def main():
     "The command `semmae-teacher ROOT [PROFILE]`, for torchrun"
     run_process(teacher_stage)
 
+# %% ../nbs/03_teacher.ipynb #c8f6aef4
 def plot_history(history, figsize=(6, 2.2)):
     "The loss, what the teacher's answers carry, and its k-NN, by epoch"
     titles = {'loss': 'loss', 'bits': 'bits that two views share', 'knn_': 'k-NN on val'}
