@@ -196,13 +196,13 @@ def test_a_stopped_run_leaves_nothing_half_done(done, log, how, processes):
     assert not [f for f in RESULTS if f.startswith('runs/pretrain/') and (project/f).exists()]
 
 
-@pytest.mark.parametrize('flag, epochs', [('', 40), ('-f', 41)])  # of the same run DVC would remember the result
+@pytest.mark.parametrize('flag, epochs', [('', 20), ('-f', 21)])  # of the same run DVC would remember the result
 def test_an_interrupted_stage_goes_on_or_starts_afresh(done, log, flag, epochs):
     project, _ = done
     set_param(project, 'epochs: 3', f'epochs: {epochs}')
     start(project, log).kill()
     wait_for(lambda: not alive(project))
-    out = sh(project, f'dvc repro {flag} pretrain').stdout
+    out = sh(project, f'dvc repro -s {flag} pretrain').stdout
     assert (f'epoch 1/{epochs}' in out) == bool(flag) and f'epoch {epochs}/{epochs}' in out
     assert not list((project/'runs/unfinished').iterdir())
 
