@@ -9,7 +9,7 @@ __all__ = ['SPLITS', 'SYNONYMS', 'IMAGENET', 'Source', 'hold_out', 'read_paths',
            'random_boxes', 'random_flips', 'resize_weights', 'crop', 'uncropped', 'whole', 'check_labels', 'crop_parts',
            'whole_parts', 'normalize', 'unnormalize', 'data_key', 'check_maps', 'write_maps', 'read_maps']
 
-# %% ../nbs/01_data.ipynb #ac56a54a
+# %% ../nbs/01_data.ipynb #c327a03f
 import csv, hashlib, importlib.util, io, math, os, tarfile, zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_datase
 
 from .core import SemmaeError, atomic, check, draw, file_hash, generator, read_json, write_json
 
-# %% ../nbs/01_data.ipynb #42b4baf5
+# %% ../nbs/01_data.ipynb #fb133e54
 SPLITS = 'train', 'val', 'test'
 
 @dataclass
@@ -38,7 +38,7 @@ class Source:
     kinds: Callable = None # class name -> a coarser class, where there is one
     parts: Callable = None # index -> (h,w) uint8 map of true parts
 
-# %% ../nbs/01_data.ipynb #0f30070b
+# %% ../nbs/01_data.ipynb #a1959ece
 def hold_out(names, splits, labels=None):
     "`splits` with the missing val and test taken from train, a tenth of every class each"
     splits, groups = list(splits), {}
@@ -52,7 +52,7 @@ def hold_out(names, splits, labels=None):
             for i in ids[k*n:(k+1)*n]: splits[i] = s
     return splits
 
-# %% ../nbs/01_data.ipynb #1366beca
+# %% ../nbs/01_data.ipynb #0d0f790e
 SYNONYMS = {'training': 'train', 'valid': 'val', 'validation': 'val', 'testing': 'test'}
 
 def read_paths(paths):
@@ -74,7 +74,7 @@ def read_paths(paths):
     check(not stray, f"{stray and stray[0]} lies outside the class folders: move it into one of them")
     return names, splits, labels
 
-# %% ../nbs/01_data.ipynb #2ea8fc76
+# %% ../nbs/01_data.ipynb #616cb7fc
 def hidden(path): return any(p.startswith('.') for p in Path(path).parts)
 
 def folder_source(path):
@@ -85,7 +85,7 @@ def folder_source(path):
     names, splits, labels = read_paths([str(f.relative_to(path)) for f in files])
     return Source([str(f) for f in files], hold_out(names, splits, labels), lambda i: Image.open(files[i]), files, labels)
 
-# %% ../nbs/01_data.ipynb #a7fbe81c
+# %% ../nbs/01_data.ipynb #52b1ddde
 def read_at(path, start, size):
     "`size` bytes of a file"
     with open(path, 'rb') as f:
@@ -115,7 +115,7 @@ def tar_source(path):
     names, splits, labels = read_paths(paths)
     return Source([f'{path}:{p}' for p in paths], hold_out(names, splits, labels), lambda i: Image.open(io.BytesIO(blobs[paths[i]]())), [path], labels)
 
-# %% ../nbs/01_data.ipynb #92c2610e
+# %% ../nbs/01_data.ipynb #1adc91d5
 def timm_source(name,       # torch/cifar10, hfds/…
                 root=None): # where it is kept; None: ~/.cache/semmae
     "A dataset that timm knows by name"
@@ -147,7 +147,7 @@ def class_names(targets, classes=None):
     if any(t is None or int(t) < 0 for t in targets): return None
     return [str(classes[int(t)]) if classes else f'{int(t):04d}' for t in targets]
 
-# %% ../nbs/01_data.ipynb #dd2098b0
+# %% ../nbs/01_data.ipynb #642eef22
 def sheet_source(path,
                  tile=64): # side of a tile
     "The demo's tile sheets, with true parts"
@@ -172,7 +172,7 @@ def sheet_source(path,
     return Source([f'{path}/{s}.jpg#{k}' for s, k in place], [s for s, _ in place], lambda i: cut(pixels[place[i][0]], place[i][1]),
                   [path/f'{s}.jpg' for s in count], [r['class'] for r in rows], lambda c: c.split('-')[0], lambda i: np.asarray(cut(parts[place[i][0]], place[i][1])))
 
-# %% ../nbs/01_data.ipynb #c964280e
+# %% ../nbs/01_data.ipynb #4b7e67fe
 def open_source(source,   # folder, tar file, or timm's name
                 root='.'): # what relative paths start from
     "The source that `source` names, its classes checked"
@@ -196,7 +196,7 @@ def check_classes(src):
             check(len(where) == 3, f"class {c!r} has images in {' and '.join(where)} only: give it some in train, val and test, or remove it")
     return src
 
-# %% ../nbs/01_data.ipynb #a94360ca
+# %% ../nbs/01_data.ipynb #52b1a104
 def decode(src, i, size, channels=3):
     "Image `i` of a source as a (C,H,W) uint8 array"
     try:
@@ -212,7 +212,7 @@ def workers():
     "A pool of this process's share of the cores; Pillow decodes in threads side by side"
     return ThreadPoolExecutor(max(1, os.cpu_count()//int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
 
-# %% ../nbs/01_data.ipynb #b38a30ab
+# %% ../nbs/01_data.ipynb #8b23712d
 class Stream:
     "What a tensor of decoded images would give, decoded when asked for"
     def __init__(self, src, ids, size, channels=3, device='cpu'):
@@ -263,7 +263,7 @@ def read_all(stream):
     for ids, part in zip(torch.arange(len(stream)).split(1024), stream.split(1024)): images[ids] = part
     return images
 
-# %% ../nbs/01_data.ipynb #a8107434
+# %% ../nbs/01_data.ipynb #b380793b
 @dataclass
 class ImageSet:
     "One split"
@@ -278,7 +278,7 @@ class ImageSet:
         move = lambda x: None if x is None else x.to(device)
         return ImageSet(move(self.images), {k: move(v) for k, v in self.targets.items()}, self.classes, move(self.parts), self.names)
 
-# %% ../nbs/01_data.ipynb #b2b1c410
+# %% ../nbs/01_data.ipynb #361f6036
 def read_targets(src, ids):
     "Targets of images `ids` by name, and the names of their classes"
     if not src.labels: return {}, {}
@@ -286,7 +286,7 @@ def read_targets(src, ids):
     names = {k: sorted({f(c) for c in src.labels}) for k, f in coarse.items()}
     return {k: torch.tensor([names[k].index(f(src.labels[i])) for i in ids]) for k, f in coarse.items()}, names
 
-# %% ../nbs/01_data.ipynb #99f150b8
+# %% ../nbs/01_data.ipynb #46cd820b
 def open_split(src,         # a Source
                split,       # train, val or test
                size,        # (height, width)
@@ -313,7 +313,7 @@ def load_images(source, splits=SPLITS, root='.', *, size, channels=3, limit=None
     if stream is None: stream = not fits(number*channels*math.prod(size))
     return [open_split(src, s, size, channels, limit, stream) for s in splits]
 
-# %% ../nbs/01_data.ipynb #a9118ddc
+# %% ../nbs/01_data.ipynb #adf0e80c
 def random_boxes(n, gen,             # how many, and from which generator
                  size,               # (height, width) of the frame, for the aspect ratio
                  scale=(.2, 1.),     # area of the crop as a share of the frame
@@ -334,7 +334,7 @@ def random_flips(n, gen):
     "Which of `n` images to mirror"
     return draw(gen, n) < .5
 
-# %% ../nbs/01_data.ipynb #3764cd9c
+# %% ../nbs/01_data.ipynb #831346f2
 def resize_weights(start, length,   # (B,) of the box along one axis, in fractions
                    n_in, n_out,     # cells before and after
                    kernel='linear'):
@@ -387,7 +387,7 @@ def whole_parts(parts, size, n_parts, batch=250):
     if tuple(parts.shape[1:]) == tuple(size): return parts.long()
     return torch.cat([crop_parts(x, *uncropped(x), size, n_parts) for x in parts.split(batch)])
 
-# %% ../nbs/01_data.ipynb #d7e8b308
+# %% ../nbs/01_data.ipynb #388c97bf
 IMAGENET = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 def normalize(x, stats=IMAGENET):
@@ -400,7 +400,7 @@ def unnormalize(x):
     zero, one = (normalize(torch.full_like(x[:1], v)) for v in (0., 1.))
     return ((x - zero)/(one - zero)).round().clamp(0, 255).to(torch.uint8)
 
-# %% ../nbs/01_data.ipynb #bca45afc
+# %% ../nbs/01_data.ipynb #a60f36ec
 def data_key(images):
     "What tells these images from others"
     h = hashlib.blake2b(repr(tuple(images.shape)).encode(), digest_size=16)
@@ -441,9 +441,9 @@ def read_maps(folder, split, images):
     "The part maps (N,h,w) of these images; any other are refused"
     folder = Path(folder)
     check((folder/'maps.json').is_file(), f"there are no part maps in {folder}: run the stage `parts`, or `write_maps`")
-    try: known = read_json(folder/'maps.json')['splits']
-    except (ValueError, KeyError, TypeError) as e: raise SemmaeError(f"{folder}/maps.json is not what `write_maps` wrote: make the maps again") from e
+    try: known = {k: (about['images'], about['maps']) for k, about in read_json(folder/'maps.json')['splits'].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as e: raise SemmaeError(f"{folder}/maps.json is not what `write_maps` wrote: make the maps again") from e
     check(split in known and (folder/f'{split}.npy').is_file(), f"{folder} holds no maps for {split}: make them with `write_maps`")
-    check(file_hash(folder/f'{split}.npy') == known[split]['maps'], f"{folder}/{split}.npy is not the file that maps.json tells of: make the maps again")
-    check(data_key(images) == known[split]['images'], f"the maps in {folder} were made for other images than these of {split}, or for the same ones decoded where these stream: make the maps again, or set `data.stream` as it was")
+    check(file_hash(folder/f'{split}.npy') == known[split][1], f"{folder}/{split}.npy is not the file that maps.json tells of: make the maps again")
+    check(data_key(images) == known[split][0], f"the maps in {folder} were made for other images than these of {split}, or for the same ones decoded where these stream: make the maps again, or set `data.stream` as it was")
     return torch.from_numpy(np.load(folder/f'{split}.npy'))

@@ -8,7 +8,7 @@ __all__ = ['SOURCES', 'options_of', 'OPTIONS', 'FIT', 'agreement', 'counts', 'ma
            'Clusters', 'TwoLevel', 'Grid', 'Looking', 'used', 'open_parts', 'regions', 'closest', 'rename',
            'make_parts', 'judge_parts', 'parts_stage', 'few_maps']
 
-# %% ../nbs/04_parts.ipynb #1188e63f
+# %% ../nbs/04_parts.ipynb #ecbb76ca
 import inspect, math
 from collections import defaultdict
 from pathlib import Path
@@ -22,9 +22,10 @@ from torch.nn import functional as F
 
 from .core import SemmaeError, best_device, check, generator, read_params, write_json
 from .data import SPLITS, Stream, check_labels, load_images, read_maps, whole_parts, write_maps
+from .learn import learn_parts
 from .vit import Seen, gather, load_encoder, look_at, prepare
 
-# %% ../nbs/04_parts.ipynb #5faf2037
+# %% ../nbs/04_parts.ipynb #07fb525e
 def agreement(pred, true): # labels of the same cells, flat
     "NMI and ARI of two labellings"
     return dict(nmi=float(normalized_mutual_info_score(true, pred)), ari=float(adjusted_rand_score(true, pred)))
@@ -50,7 +51,7 @@ def foreground_iou(inside, cells): # of every label: cells in the true foregroun
     order = (inside/np.maximum(cells, 1)).argsort()[::-1]
     return float((inside[order].cumsum()/np.maximum(inside.sum() + (cells - inside)[order].cumsum(), 1)).max())
 
-# %% ../nbs/04_parts.ipynb #cb4c7e31
+# %% ../nbs/04_parts.ipynb #debd27dc
 def score_parts(pred,          # (N,h,w) labels
                 true,          # (N,H,W) true parts, on a grid of their own
                 background=0,  # the true part that is no part
@@ -73,12 +74,13 @@ def control(pred, true, seed=0, **kw):
     order = torch.randperm(len(true), generator=generator(seed, 'control'))
     return score_parts(pred[order.to(pred.device)], true[order.roll(1).to(true.device)], **kw)
 
-# %% ../nbs/04_parts.ipynb #64a26283
+# %% ../nbs/04_parts.ipynb #c4311685
 def score_keypoints(pred,   # (N,h,w) labels
                     points): # (N,K,3): x and y in fractions of the image, and whether it is seen
     "NMI and ARI between the labels under keypoints and the keypoints' names"
+    check(len(pred) == len(points), f"there are maps for {len(pred)} images and keypoints for {len(points)}: give those of the same images")
     n, k = points[..., 2].nonzero(as_tuple=True)
-    check(len(n), "no keypoint is visible: give (x, y, seen) with x and y as fractions of the image")
+    check(len(n) and ((0 <= points[n, k]) & (points[n, k] <= 1)).all(), "no keypoint is visible: give (x, y, seen) with x and y as fractions of the image")
     (h, w), (x, y) = pred.shape[1:], points[n, k, :2].unbind(1)
     row, col = ((v*s).long().clamp(0, s - 1) for v, s in ((y, h), (x, w)))
     return agreement(pred[n, row, col].cpu().numpy(), k.cpu().numpy())
@@ -103,7 +105,7 @@ def read_cub(folder, # CUB_200_2011
             if seen and 0 <= x < 1 and 0 <= y < 1: out[row, k] = torch.tensor([x, y, 1.])
     return out
 
-# %% ../nbs/04_parts.ipynb #6e740f4c
+# %% ../nbs/04_parts.ipynb #5ecd235b
 def looks(encoder, images, blocks, batch=50):
     "What the encoder says of images at some blocks, batch by batch"
     prepare(encoder, images.device).eval()
@@ -123,13 +125,14 @@ def cells(encoder, images, blocks,
 def k_means(x, n, seed=0):
     "Centres (n,D) of k-means on directions"
     check(type(n) is int and 0 < n <= len(x), f"{n} parts cannot be found in {len(x)} cells: choose another `parts.n_parts`")
+    check(x.isfinite().all(), "what the encoder says of images is not finite: correct its weights")
     return torch.from_numpy(KMeans(n, n_init=4, random_state=seed).fit(F.normalize(x, dim=1).cpu().numpy()).cluster_centers_).float().to(x.device)
 
 def nearest(x, centres): # (…,D), (n,D)
     "Which centre is nearest to a direction"
     return torch.cdist(F.normalize(x, dim=-1).flatten(0, -2), centres).argmin(1).view(x.shape[:-1])
 
-# %% ../nbs/04_parts.ipynb #e64e7d6c
+# %% ../nbs/04_parts.ipynb #4fe1c3f6
 class Heads:
     "Which head of the class token's attention looks at a cell most, compared with what it looks at on average"
     def __init__(self, seed=0): pass  # nothing is fitted
@@ -140,21 +143,21 @@ class Clusters:
     def __init__(self, there, last, n_parts, seed=0): self.centres = k_means(there.patches, n_parts, seed)
     def of(self, there, last): return nearest(there.patches, self.centres)
 
-# %% ../nbs/04_parts.ipynb #1db464d1
+# %% ../nbs/04_parts.ipynb #7fb34509
 class TwoLevel:
     "Label 0 where the foreground scores low, k-means in the rest"
-    def __init__(self, there, last, n_parts,
-                 foreground='means',   # means: where a cell lies between the two means of the last block's tokens; attention: how much the class token looks at it
+    def __init__(self, there, back, n_parts,
+                 foreground='means',   # means: where a cell lies between the two means of the tokens; attention: how much the class token looks at it
                  share=None, seed=0):  # of cells called foreground; None: those nearer to the second mean, or looked at more than the average
         check(foreground in ('means', 'attention'), f"`parts.foreground` is {foreground!r}: choose means or attention")
         check(share is None or type(share) in (int, float) and 0 < share < 1, f"`parts.share` is {share!r}: choose a share between 0 and 1, or null")
         check(type(n_parts) is int and n_parts > 1, f"`parts.n_parts` is {n_parts!r}: two steps find the background and at least one part, choose 2 or more")
-        attention = last.attention.mean(1)
-        self.two = None if foreground == 'attention' else k_means(last.patches, 2, seed)
+        attention = back.attention.mean(1)
+        self.two = None if foreground == 'attention' else k_means(back.patches, 2, seed)
         if self.two is not None:
-            side = nearest(last.patches, self.two)
+            side = nearest(back.patches, self.two)
             if attention[side == 0].mean() > attention[side == 1].mean(): self.two = self.two.flip(0)  # the second is looked at more
-        scores = self.score(last.patches, attention)
+        scores = self.score(back.patches, attention)
         self.level = scores.quantile(1 - share) if share else attention.mean() if self.two is None else scores.new_tensor(0.)
         self.centres = k_means(there.patches[scores >= self.level], n_parts - 1, seed)
 
@@ -163,13 +166,13 @@ class TwoLevel:
         far = torch.cdist(F.normalize(tokens, dim=-1).flatten(0, -2), self.two).square()
         return (far[:, 0] - far[:, 1]).view(tokens.shape[:-1])
 
-    def of(self, there, last):
-        front = self.score(last.patches, last.attention.mean(1)) >= self.level
+    def of(self, there, back):
+        front = self.score(back.patches, back.attention.mean(1)) >= self.level
         return torch.where(front, nearest(there.patches, self.centres) + 1, 0)
 
 SOURCES = dict(heads=Heads, k_means=Clusters, two_level=TwoLevel)
 
-# %% ../nbs/04_parts.ipynb #ae050f44
+# %% ../nbs/04_parts.ipynb #4b6ff6cc
 class Grid:
     "Position alone: rectangles"
     def __init__(self, n_parts, grid=(8, 8)):
@@ -184,8 +187,8 @@ class Grid:
 
 class Looking:
     "A source that looks through an encoder"
-    def __init__(self, encoder, images, source, block=None, seed=0, **options):
-        self.encoder, self.blocks, n_parts = encoder, [block, None], options.get('n_parts', 1)
+    def __init__(self, encoder, images, source, block=None, foreground_block=None, seed=0, **options):
+        self.encoder, self.blocks, n_parts = encoder, [block, foreground_block], options.get('n_parts', 1)
         h, w = look_at(encoder, images[:1], self.blocks)[0].patches.shape[1:3]
         check(type(n_parts) is int and 0 < n_parts <= min(h*w, 256), f"`parts.n_parts` is {n_parts!r}: choose a number up to the {h*w} cells that the encoder sees of an image (at most 256), or raise `teacher.image`")
         fitted_on = () if source == 'heads' else cells(encoder, images, self.blocks, seed=seed)
@@ -193,9 +196,10 @@ class Looking:
 
     def predict(self, images): return torch.cat([self.labels.of(*seen) for seen in looks(self.encoder, images, self.blocks)])
 
-# %% ../nbs/04_parts.ipynb #1980a68b
-options_of = lambda make: [k for k in inspect.signature(make).parameters if k not in ('there', 'last', 'seed')]
-OPTIONS = dict(grid=options_of(Grid)) | {name: ['block', *options_of(make)] for name, make in SOURCES.items()}
+# %% ../nbs/04_parts.ipynb #f14ea5c3
+options_of = lambda make: [k for k in inspect.signature(make).parameters if k not in ('images', 'encoder', 'there', 'last', 'back', 'seed')]
+OPTIONS = dict(grid=options_of(Grid)) | {name: ['block', *options_of(make)] for name, make in SOURCES.items()} | dict(learned=options_of(learn_parts))
+OPTIONS['two_level'].append('foreground_block')  # None: the last
 
 def used(source, options):
     "Those options that a source uses: others of `parts` may stay, so that one word changes the source"
@@ -211,11 +215,12 @@ def open_parts(source, encoder=None, images=None, seed=0, **options):
     if source == 'grid': return Grid(**options)
     check(encoder, f"parts from {source} are seen through an encoder and there is none: set `teacher`")
     check(images is not None and len(images), f"parts from {source} are fitted on images and there are none: give `images`")
+    if source == 'learned': return learn_parts(images, encoder, seed=seed, **options)
     return Looking(encoder, images, source, seed=seed, **options)
 
 
 
-# %% ../nbs/04_parts.ipynb #1d434ab1
+# %% ../nbs/04_parts.ipynb #c71bc3cf
 def regions(encoder, images, maps, # (N,h,w)
             block=None):
     "Mean token of every label in every image, of length 1, (N,n_parts,D); zero where an image does not have the label"
@@ -234,7 +239,7 @@ def closest(found,  # from `regions`
     ids = near.flatten().argsort(descending=True)[:min(k, int((near > -2).sum()))]
     return ids//found.shape[1], ids % found.shape[1]
 
-# %% ../nbs/04_parts.ipynb #6c781481
+# %% ../nbs/04_parts.ipynb #473a4def
 def rename(pred, true):
     "Labels called what the best matching with true parts (on a grid of their own) calls them"
     n_pred, n_true = int(pred.max()) + 1, int(true.max()) + 1
@@ -245,7 +250,7 @@ def rename(pred, true):
     names[names < 0] = [k for k in range(n_pred + n_true) if k not in parts][:(names < 0).sum()]
     return torch.from_numpy(names).to(pred.device)[pred.long()]
 
-# %% ../nbs/04_parts.ipynb #06ffd37b
+# %% ../nbs/04_parts.ipynb #8a144005
 FIT = 1500 # training images that a source is fitted on
 
 def make_parts(splits,          # name -> ImageSet
@@ -265,7 +270,7 @@ def make_parts(splits,          # name -> ImageSet
     found = open_parts(source, encoder, images[some.to('cpu' if isinstance(images, Stream) else images.device)], seed, **options)
     return {k: map(found.predict, d.images.split(250)) for k, d in splits.items()}
 
-# %% ../nbs/04_parts.ipynb #a8d208d7
+# %% ../nbs/04_parts.ipynb #32f6a37e
 def judge_parts(maps, # (N,h,w)
                 true=None, n_parts=None):
     "What is known of the maps of a split: scores and the control where there is a truth, else how much each label holds"

@@ -7,7 +7,7 @@ __all__ = ['sincos', 'init_mae', 'plain', 'make_encoder', 'encoder_of', 'remembe
            'prepare', 'save_encoder', 'read_weights', 'load_encoder', 'open_encoder', 'tells_of_itself', 'check_image',
            'resize', 'download', 'fill', 'Seen', 'look_at', 'look', 'received']
 
-# %% ../nbs/02_vit.ipynb #94403df0
+# %% ../nbs/02_vit.ipynb #0509a1ad
 import json
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch import nn
 from .core import SemmaeError, atomic, check, generator, grid_size
 from .data import IMAGENET, normalize, whole
 
-# %% ../nbs/02_vit.ipynb #94cfbb8c
+# %% ../nbs/02_vit.ipynb #bb590a8d
 def sincos(grid, # (rows, columns)
            dim): # channels
     "MAE's fixed position embedding, (rows·columns, dim)"
@@ -34,7 +34,7 @@ def sincos(grid, # (rows, columns)
     angle = torch.stack([col.flatten(), row.flatten()], 1)[..., None]*freq  # (L,2,dim/4)
     return torch.cat([angle.sin(), angle.cos()], 2).flatten(1).float()
 
-# %% ../nbs/02_vit.ipynb #79cf3f07
+# %% ../nbs/02_vit.ipynb #3218296f
 def init_mae(module):
     "MAE's initial weights, in place"
     for m in module.modules():
@@ -44,7 +44,7 @@ def init_mae(module):
         if isinstance(m, nn.Conv2d): nn.init.xavier_uniform_(m.weight.view(len(m.weight), -1))
     return module
 
-# %% ../nbs/02_vit.ipynb #06dc31e4
+# %% ../nbs/02_vit.ipynb #049fea58
 def plain(name, **kw):
     "A VisionTransformer of timm's without classifier; anything else is refused"
     check(timm.is_model(name), f"timm has no model {name!r}: set `encoder.name` to one of `timm.list_models('vit_*')`")
@@ -83,9 +83,10 @@ def remember(vit, name, stats=None, **kw):
 
 def pixels_of(vit, images):
     "Images as they are, (B,C,H,W) bytes of any size, as the encoder expects them"
+    check(images.shape[1] == vit.patch_embed.proj.in_channels, f"the encoder looks at images of {vit.patch_embed.proj.in_channels} channels and these have {images.shape[1]}: set `data.channels`")
     return normalize(whole(images, vit.patch_embed.img_size), vit.stats)
 
-# %% ../nbs/02_vit.ipynb #2e55f440
+# %% ../nbs/02_vit.ipynb #5666b0fb
 def gather(x, ids):
     "Tokens `ids` (B,K) of x (B,L,D)"
     return x.gather(1, ids[..., None].expand(-1, -1, x.shape[2]))
@@ -106,7 +107,7 @@ def encode(vit,            # a timm VisionTransformer
     for block in vit.blocks: x = block(x)
     return vit.fc_norm(vit.norm(x))            # one of the two is the identity
 
-# %% ../nbs/02_vit.ipynb #bb8becac
+# %% ../nbs/02_vit.ipynb #5672c25f
 def autocast(device):
     "bfloat16 autocast where it pays, else nothing"
     native = device.type == 'cuda' or torch.cpu._is_avx512_bf16_supported()
@@ -118,7 +119,7 @@ def prepare(model, device):
         if hasattr(m, 'fused_attn'): m.fused_attn = device.type != 'cpu'
     return model.to(device)
 
-# %% ../nbs/02_vit.ipynb #9d1aa5fb
+# %% ../nbs/02_vit.ipynb #8e250ff9
 def save_encoder(vit, path):
     "The encoder's weights and recipe as a safetensors file"
     state = {k: v.detach().cpu().contiguous() for k, v in vit.state_dict().items()}
@@ -141,7 +142,7 @@ def load_encoder(path):
     except (ValueError, TypeError, RuntimeError) as e: raise SemmaeError(f"{path} does not hold the encoder that it says ({' '.join(str(e).split())[:200]}): make it again") from e
     return vit
 
-# %% ../nbs/02_vit.ipynb #e0b778e5
+# %% ../nbs/02_vit.ipynb #18590624
 def open_encoder(name=None,        # of a VisionTransformer of timm's; None: what `weights` says of itself
                  weights=None,     # a file of weights; None: timm's, downloaded
                  image=None):      # (height, width) it looks at; None: what it was made for
@@ -164,7 +165,7 @@ def tells_of_itself(path):
     "Whether a file was written by `save_encoder`"
     return path.suffix == '.safetensors' and 'recipe' in read_weights(path)[1]
 
-# %% ../nbs/02_vit.ipynb #cc8630b8
+# %% ../nbs/02_vit.ipynb #a2626b65
 def check_image(image, patch):
     "What an encoder looks at is a size that its patches cut"
     check(np.shape(image) == (2,) and all(type(n) is int for n in image), f"`teacher.image` is {image!r}: set it to [height, width]")
@@ -197,7 +198,7 @@ def fill(vit, name, path):
     except Exception as e: raise SemmaeError(f"{path} does not fit {name} ({' '.join(str(e).split())[:200]}): set `teacher.name` to the one it was trained as") from e  # files differ in many ways
     return vit
 
-# %% ../nbs/02_vit.ipynb #bcdca004
+# %% ../nbs/02_vit.ipynb #33bc702b
 class Seen(NamedTuple):
     "What an encoder says of images at a block"
     whole: torch.Tensor      # (B,D) class token; where there is none, the mean of the patches
@@ -213,7 +214,6 @@ def look_at(vit,
     for k in blocks: check(type(k) is int and 1 <= k <= len(vit.blocks), f"the encoder has {len(vit.blocks)} blocks: choose `parts.block` among them, not {k}")
     check(all(type(b) is Block and type(b.attn) is Attention for b in vit.blocks), f"the attention in blocks of {type(vit.blocks[0]).__name__} and {type(getattr(vit.blocks[0], 'attn', None)).__name__} cannot be read: choose another `teacher.name`, one of timm's plain `vit_*`")
     check(min(images.shape[2:]) >= vit.patch_embed.patch_size[0], f"images of {images.shape[2]}×{images.shape[3]} are smaller than the encoder's patches of {vit.patch_embed.patch_size[0]}: raise `data.size`, or choose another `teacher`")
-    check(images.shape[1] == vit.patch_embed.proj.in_channels, f"the encoder looks at images of {vit.patch_embed.proj.in_channels} channels and these have {images.shape[1]}: set `data.channels`")
     unflat = lambda v: v.float().unflatten(-1, vit.patch_embed.grid_size)
     with autocast(images.device):
         x = vit.norm_pre(vit._pos_embed(vit.patch_embed(pixels_of(vit, images))))

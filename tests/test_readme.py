@@ -61,17 +61,18 @@ def test_jupyterlab_opens(project):
     finally: os.killpg(lab.pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize('code', PYTHON, ids=['library', 'maps', 'strategy'])
+@pytest.mark.parametrize('code', PYTHON, ids=['library', 'parts', 'maps', 'strategy'])
 def test_python(project, code, tmp_path):
     (tmp_path/'example.py').write_text(code)
     out = sh(project, f'python {tmp_path}/example.py').stdout
     if 'score' in code: assert "'linear'" in out
-    if 'maps' in code: assert (project/'runs/mymaps/maps.json').exists()
+    if 'learn_parts' in code: assert '[500, 8, 8]' in out
+    if 'mymaps' in code: assert (project/'runs/mymaps/maps.json').exists()
 
 def test_a_new_strategy_is_found_by_its_name():
     from semmae.masking import STRATEGIES, find_strategy
     try:
-        exec(PYTHON[2], {})
+        exec(PYTHON[3], {})
         parts = torch.tensor([[[0, 1, 0, 2], [0, 0, 0, 3]]])
         keep, hidden = find_strategy('foreground', ratio=.5, background=0)(parts, generator(0))
         assert {1, 3, 7} < set(hidden[0].tolist()) and len(hidden[0]) == 4

@@ -1,0 +1,126 @@
+"Counts and information against brute force and scikit-learn, learning on planted parts, files against mistakes."
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from sklearn.metrics import mutual_info_score
+from torch import nn
+
+from semmae.core import SemmaeError, generator
+from semmae.learn import information, labelled, learn_parts, load_learned, neighbours, new_nets, paste, told
+from semmae.parts import make_parts, score_parts
+from semmae.data import ImageSet
+from semmae.vit import Seen
+
+
+def front_of(seed, n=3, h=5, w=6): return torch.rand(n, h, w, generator=generator('front', seed)) < .6
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 10**6), st.integers(2, 6))
+def test_information_is_sklearns(seed, n):
+    met = torch.randint(1, 50, (n, n), generator=generator(seed)).double()
+    assert information(met).item() == pytest.approx(mutual_info_score(None, None, contingency=(met + met.mT).long().numpy()), abs=1e-4)
+    assert information(7*met).item() == pytest.approx(information(met).item(), abs=1e-6), 'how many were counted does not matter'
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 10**6), st.integers(-3, 3), st.integers(-3, 3))
+def test_neighbours_are_those_of_the_foreground(seed, dy, dx):
+    front = front_of(seed)
+    brute = {(b, y*6 + x, (y + dy)*6 + x + dx) for b in range(3) for y in range(5) for x in range(6) if 0 <= y + dy < 5 and 0 <= x + dx < 6 and front[b, y, x] and front[b, y + dy, x + dx]}
+    assert set(zip(*(v.tolist() for v in neighbours(front, dy, dx)))) == brute
+
+
+@pytest.mark.parametrize('across', [0, .3, 1])
+def test_what_is_told_is_told_over_all_images_and_within_each(across):
+    front, one, other = front_of(0), *torch.randn(2, 3, 30, 4, generator=generator(1))
+    nets = new_nets(2, 4, 3, generator(2))
+    met = torch.zeros(2, 3, 3, 3)  # net, image, label, label
+    for b, i, j in zip(*neighbours(front, 1, -1)):
+        p, q = labelled(nets, one[b, i][None])[:, 0], labelled(nets, other[b, j][None])[:, 0]
+        met[:, b] += p[:, :, None]*q[:, None]
+    for k in range(2):
+        each = sum(information(met[k, b]) for b in range(3))/3
+        assert told(nets, one, other, front, (1, -1), across)[k] == pytest.approx((across*information(met[k].sum(0)) + (1 - across)*each).item(), abs=1e-5)
+
+
+def test_an_image_without_a_pair_does_not_count():
+    front = front_of(3)
+    nets, x = new_nets(2, 4, 3, generator(2)), torch.randn(3, 30, 4, generator=generator(1))
+    lone = torch.cat([front, torch.zeros(1, 5, 6, dtype=torch.bool)])
+    assert torch.allclose(told(nets, x, x, front, (0, 1), .5), told(nets, torch.cat([x, x[:1]]), torch.cat([x, x[:1]]), lone, (0, 1), .5))
+
+
+def test_pasting_keeps_the_foreground_and_no_background():
+    images = (torch.arange(6)[:, None, None, None]*40).expand(6, 3, 32, 32).to(torch.uint8).clone()
+    front = torch.zeros(6, 8, 8, dtype=torch.bool)
+    front[:, 3:6, 2:6] = True
+    images[:, :, 12:24, 8:24] = 255
+    out = paste(images, front, generator(0))
+    assert (out[:, :, 14:22, 10:22] == 255).all()
+    corner = out[:, 0, 0, 0]
+    assert sorted(corner.tolist()) == sorted(images[:, 0, 0, 0].tolist()) and (corner != images[:, 0, 0, 0]).all()
+
+
+class Planted(nn.Module):
+    "In place of an encoder: a thing of three parts, one above the other, somewhere in the image. Image k is full of the colour k, its last column of 200 + k"
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Identity() for _ in range(4))
+        self.truth = torch.zeros(40, 8, 8, dtype=torch.long)
+        for k in range(40):
+            y, x = torch.randint(1, 3, (2,), generator=generator('place', k)).tolist()
+            for part in range(3): self.truth[k, y + part*5//3:y + (part + 1)*5//3, x:x + 4] = part + 1
+
+    def look(self, images, blocks):
+        mirrored = images[:, 0, 0, 0] >= 200
+        ids = torch.where(mirrored, images[:, 0, 0, 0] - 200, images[:, 0, 0, 0]).long()
+        tokens = torch.eye(12)[self.truth[ids]]*2 + torch.randn(40, 8, 8, 12, generator=generator('noise'))[ids]*.3
+        tokens = torch.where(mirrored[:, None, None, None], tokens.flip(2), tokens)
+        return [Seen(None, tokens, None) for _ in blocks]
+
+
+@pytest.fixture
+def planted(monkeypatch):
+    encoder = Planted()
+    monkeypatch.setattr('semmae.learn.look_at', lambda vit, images, blocks: encoder.look(images, blocks))
+    images = torch.arange(40, dtype=torch.uint8)[:, None, None, None].repeat(1, 3, 16, 16)
+    images[..., -1] += 200
+    return encoder, images
+
+
+def test_planted_parts_are_found(planted):
+    encoder, images = planted
+    parts = learn_parts(images[:30], encoder, n_parts=4, pastes=0, steps=150, share=.3)
+    scores = score_parts(parts.predict(images[30:]), encoder.truth[30:])
+    assert scores['fg_nmi'] > .8 and scores['fg_iou'] > .9
+
+
+def test_two_parts_are_foreground_and_background(planted):
+    encoder, images = planted
+    maps = learn_parts(images[:30], encoder, n_parts=2, pastes=0, steps=5, share=.3).predict(images[30:])
+    assert ((maps == 1) == (encoder.truth[30:] > 0)).float().mean() > .95 and maps.max() == 1
+
+
+def test_the_same_seed_learns_the_same(planted):
+    encoder, images = planted
+    one, again, other = (learn_parts(images, encoder, n_parts=4, pastes=0, steps=10, share=.3, seed=s).state for s in (0, 0, 1))
+    assert all(torch.equal(one[k], again[k]) for k in one) and not torch.equal(one['w1'], other['w1'])
+
+
+def test_learned_parts_come_back_from_their_file_and_from_no_other(planted, tmp_path):
+    encoder, images = planted
+    parts = learn_parts(images, encoder, n_parts=4, pastes=0, steps=10, share=.3)
+    parts.save(tmp_path/'parts.safetensors')
+    back = load_learned(tmp_path/'parts.safetensors', encoder)
+    assert back.blocks == [2, 3, 4] and torch.equal(back.predict(images), parts.predict(images))
+    (tmp_path/'broken.safetensors').write_bytes((tmp_path/'parts.safetensors').read_bytes()[:-9])
+    with pytest.raises(SemmaeError, match='not a whole safetensors file'): load_learned(tmp_path/'broken.safetensors', encoder)
+    with pytest.raises(SemmaeError, match='there is no'): load_learned(tmp_path/'none.safetensors', encoder)
+
+
+def test_a_profile_may_ask_for_them(planted):
+    encoder, images = planted
+    maps = make_parts(dict(train=ImageSet(images), test=ImageSet(images[:8])), 'learned', encoder, n_parts=4, pastes=0, steps=10, share=.3, block=2)
+    assert torch.cat(list(maps['test'])).shape == (8, 8, 8)
+    with pytest.raises(SemmaeError, match='`parts.n_parts` is 65: choose a number from 2 to the 64 cells'): make_parts(dict(train=ImageSet(images)), 'learned', encoder, n_parts=65)
