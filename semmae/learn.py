@@ -7,27 +7,28 @@ __all__ = ['tokens', 'standard', 'unlike_border', 'principal', 'ridge', 'paste',
            'new_nets', 'labelled', 'answers', 'told', 'encoder_key', 'Learned', 'load_learned', 'find_foreground',
            'views_of', 'train_nets', 'refuse_collapse', 'consensus', 'learn_parts']
 
-# %% ../nbs/04_learn.ipynb #275bf86f
+# %% ../nbs/04_learn.ipynb #c2b74b5f
 import hashlib, json
 
-import numpy as np, torch
+import torch
 from safetensors.torch import save_file
 from sklearn.cluster import KMeans
-from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from .core import atomic, check, generator
 from .vit import look_at, prepare, read_weights
 
-# %% ../nbs/04_learn.ipynb #0561b573
+# %% ../nbs/04_learn.ipynb #1cef06c3
 def tokens(encoder, images, blocks, batch=50):
     "Unit tokens of some blocks, (B,h,w,blocks,D), batch by batch"
     prepare(encoder, images.device).eval()
     for imgs in images.split(batch): yield torch.stack([F.normalize(s.patches, dim=3) for s in look_at(encoder, imgs, blocks)], 3)
 
-# %% ../nbs/04_learn.ipynb #ccde0b01
-def standard(x): return (x - x.mean(-1, keepdim=True))/x.std(-1, keepdim=True).clamp(min=1e-6)
+# %% ../nbs/04_learn.ipynb #69b5620e
+def standard(x):
+    "Mean 0 and spread 1 along the last axis"
+    return (x - x.mean(-1, keepdim=True))/x.std(-1, keepdim=True).clamp(min=1e-6)
 
 def unlike_border(t): # (B,h,w,blocks,D)
     "How little every cell is like the border of its image, (B,h,w)"
@@ -41,7 +42,7 @@ def unlike_border(t): # (B,h,w,blocks,D)
     far = -(x @ F.normalize(x[:, :, edge].mean(2), dim=2)[..., None])[..., 0]
     return (standard(main) + standard(far)).sum(1).unflatten(1, t.shape[1:3])
 
-# %% ../nbs/04_learn.ipynb #1803dcf7
+# %% ../nbs/04_learn.ipynb #5ae7ea01
 def principal(x, dim):
     "Mean (D,) of vectors, and their foremost directions, each divided by its spread (D,dim)"
     values, vectors = torch.linalg.eigh(torch.cov(x.T))
@@ -51,7 +52,7 @@ def ridge(x, y, weight=1e-3):
     "The direction (D,) along which vectors of mean 0 tell y best"
     return torch.linalg.solve(x.mT @ x + weight*len(x)*torch.eye(x.shape[1], device=x.device), x.mT @ (y - y.mean()))
 
-# %% ../nbs/04_learn.ipynb #8ac99c0b
+# %% ../nbs/04_learn.ipynb #18f48404
 def paste(images, front, gen): # (B,C,H,W) bytes, (B,h,w)
     "Every foreground on the background of another image"
     up = lambda m: F.interpolate(m, images.shape[2:], mode='bilinear')
@@ -72,7 +73,7 @@ def recolour(images, gen):
         torch.manual_seed(int(torch.randint(2**40, (), generator=gen)))
         return torch.stack([jitter(img) for img in images])
 
-# %% ../nbs/04_learn.ipynb #38a6f7d9
+# %% ../nbs/04_learn.ipynb #f0f1f36d
 def information(met): # (…,n,n): how often two labels meet
     "Mutual information of two labels, the two views being as good as each other"
     p = met + met.mT
@@ -87,7 +88,7 @@ def neighbours(front, dy, dx): # (B,h,w)
     both = front[b, y + dy, x + dx]
     return b[both], (y*w + x)[both], ((y + dy)*w + x + dx)[both]
 
-# %% ../nbs/04_learn.ipynb #51a4fcc0
+# %% ../nbs/04_learn.ipynb #4bd7a217
 def new_nets(n, dim, n_labels, gen, hidden=64):
     "Weights of small networks side by side"
     normal = lambda *shape: torch.randn(shape, generator=gen)/shape[1]**.5
@@ -97,7 +98,9 @@ def labelled(nets, x): # (M,dim)
     "How much every network gives a cell to every label, (nets,M,labels)"
     return (F.gelu(x @ nets['w1'] + nets['b1']) @ nets['w2'] + nets['b2']).softmax(-1)
 
-def answers(nets, x): return labelled(nets, x).movedim(0, 1).flatten(1)  # (M,nets·labels)
+def answers(nets, x): # (M,dim)
+    "What all networks say of a cell, (M,nets·labels)"
+    return labelled(nets, x).movedim(0, 1).flatten(1)
 
 def told(nets, one, other, front, shift, across): # views (B,L,dim), (B,h,w)
     "How much the labels of cells in one view tell of their neighbours' in the other, for every network"
@@ -107,13 +110,14 @@ def told(nets, one, other, front, shift, across): # views (B,L,dim), (B,h,w)
     met = met.unflatten(2, (p.shape[2], -1))                                    # (nets,B,labels,labels)
     return across*information(met.sum(1)) + (1 - across)*information(met[:, b.unique()]).mean(1)
 
-# %% ../nbs/04_learn.ipynb #17454f9b
+# %% ../nbs/04_learn.ipynb #acc8746f
 def encoder_key(encoder):
     "What tells an encoder from others"
     h = hashlib.blake2b(digest_size=16)
     for k, v in sorted(encoder.state_dict().items()): h.update(k.encode() + v.detach().float().cpu().contiguous().numpy().tobytes())
     return h.hexdigest()
 
+# %% ../nbs/04_learn.ipynb #6e3ea5a4
 class Learned:
     "A source of parts: an encoder, which of its blocks count, and what was learned on their tokens"
     def __init__(self, encoder, blocks, **state): self.encoder, self.blocks, self.state = encoder, blocks, state
@@ -139,8 +143,10 @@ class Learned:
         return torch.cat(out)
 
     def save(self, path):
+        "Keep all but the encoder as a safetensors file"
         with atomic(path) as tmp: save_file({k: v.cpu().contiguous() for k, v in self.state.items()}, tmp, metadata=dict(blocks=json.dumps(self.blocks), encoder=encoder_key(self.encoder)))
 
+# %% ../nbs/04_learn.ipynb #59d6a3fc
 def load_learned(path, encoder):
     "What `save` kept, with the encoder that it was learned on"
     state, about = read_weights(path)
@@ -148,7 +154,7 @@ def load_learned(path, encoder):
     check(about['encoder'] == encoder_key(encoder), f"the parts in {path} were learned on another encoder: give that one, or learn them anew")
     return Learned(encoder, json.loads(about['blocks']), **state)
 
-# %% ../nbs/04_learn.ipynb #cca8639a
+# %% ../nbs/04_learn.ipynb #a16f89da
 def find_foreground(parts, images, share, gen, dim=96):
     "Learn what is foreground; the cells of all images, and which of them are foreground"
     few = images[torch.randperm(len(images), generator=gen)[:300].to(images.device)]
@@ -159,6 +165,7 @@ def find_foreground(parts, images, share, gen, dim=96):
     parts.state['level'] = (x @ parts.state['front']).quantile(1 - share)
     return x, parts.front(x)
 
+# %% ../nbs/04_learn.ipynb #029f9c15
 def views_of(parts, images, x, front, pastes, gen):
     "The cells of all images in several views, each at its place in the image as it was, (views,N,L,dim)"
     look = lambda imgs: torch.cat([parts.cells(t) for t in tokens(parts.encoder, imgs, parts.blocks)])
@@ -168,6 +175,7 @@ def views_of(parts, images, x, front, pastes, gen):
         out.append(look(view) if k % 2 else look(view.flip(3)).flip(2))
     return torch.stack(out).flatten(2, 3)
 
+# %% ../nbs/04_learn.ipynb #744beaa9
 def train_nets(views, front, n_labels, across, steps, gen, n_nets=16, lr=5e-3):
     "Networks whose label of a cell in one view tells much of its neighbours' in another"
     nets = {k: v.to(views.device).requires_grad_() for k, v in new_nets(n_nets, views.shape[3], n_labels, gen).items()}
@@ -184,7 +192,9 @@ def train_nets(views, front, n_labels, across, steps, gen, n_nets=16, lr=5e-3):
         schedule.step()
     return {k: v.detach() for k, v in nets.items()}
 
+# %% ../nbs/04_learn.ipynb #db9ad2eb
 def refuse_collapse(held): # share of the foreground of every label
+    "One sentence where a label is dead or swallows the others"
     check(held.min() > .002 and held.max() < .8, f"the parts have collapsed: one label holds {100*held.min():.1f} % of the foreground and one {100*held.max():.1f} %; choose a smaller `parts.n_parts`, other `parts.blocks`, or give more images")
 
 def consensus(nets, x, n_labels, seed):
@@ -193,6 +203,7 @@ def consensus(nets, x, n_labels, seed):
     some = answers(nets, x[torch.randperm(len(x), generator=generator(seed, 'consensus'))[:20000].to(x.device)])
     return torch.from_numpy(KMeans(n_labels, n_init=10, random_state=seed).fit(some.cpu().numpy()).cluster_centers_).to(x)
 
+# %% ../nbs/04_learn.ipynb #9f1daef5
 def learn_parts(images,          # (N,C,H,W) bytes: a thousand or two are enough
                 encoder,         # from `open_encoder`
                 n_parts=6,       # the background is one of them

@@ -152,6 +152,8 @@ def test_two_steps_find_the_foreground_at_the_last_block_and_the_parts_at_theirs
     assert torch.equal(maps > 0, Stub.truth > 0), 'label 0 is the background'
     assert agree(maps)['nmi'] == pytest.approx(1)
     assert agree(fitted(stub, 'two_level', n_parts=4, foreground=by))['nmi'] > .9, 'the midpoint, or the mean, does here as well'
+    assert torch.equal(fitted(stub, 'two_level', n_parts=4, foreground=by, share=7/12, foreground_block=2), maps)
+    assert not torch.equal(fitted(stub, 'two_level', n_parts=4, foreground=by, share=7/12, foreground_block=1) > 0, Stub.truth > 0), 'block 1 does not know the foreground'
     other = fitted(stub, 'two_level', n_parts=4, foreground=by, share=7/12, block=2)
     assert torch.equal(other > 0, Stub.truth > 0) and agree(other)['fg_nmi'] < .3, 'block 2 is the last and does not know the parts'
 
