@@ -7,6 +7,7 @@ from torch import nn
 
 from semmae.core import SemmaeError, generator
 from semmae.learn import information, labelled, learn_parts, load_learned, neighbours, new_nets, paste, told
+from semmae.paper import PaperParts, PartTokens, StyleDecoder, alike, learn_paper_parts
 from semmae.parts import make_parts, score_parts
 from semmae.data import ImageSet
 from semmae.vit import Seen
@@ -124,3 +125,58 @@ def test_a_profile_may_ask_for_them(planted):
     maps = make_parts(dict(train=ImageSet(images), test=ImageSet(images[:8])), 'learned', encoder, n_parts=4, pastes=0, steps=10, share=.3, block=2)
     assert torch.cat(list(maps['test'])).shape == (8, 8, 8)
     with pytest.raises(SemmaeError, match='`parts.n_parts` is 65: choose a number from 2 to the 64 cells'): make_parts(dict(train=ImageSet(images)), 'learned', encoder, n_parts=65)
+
+
+# the paper's way
+
+def test_a_map_is_where_its_token_is_like_the_cell():
+    maps = PartTokens(6, 3)
+    whole, patches = torch.randn(2, 6, generator=generator(0)), torch.randn(2, 4, 5, 6, generator=generator(1))
+    tokens = maps.embed(whole)
+    for b, y, x in ((0, 2, 3), (1, 1, 1)):  # away from the border: the mean of nine cells' shares
+        near = [torch.stack([10*torch.cosine_similarity(tokens[b, n], patches[b, i, j], dim=0) for n in range(3)]).softmax(0) for i in range(y - 1, y + 2) for j in range(x - 1, x + 2)]
+        assert torch.allclose(maps(whole, patches)[b, :, y, x], torch.stack(near).mean(0), atol=1e-5)
+
+
+def test_the_decoder_knows_places_from_maps_alone_and_colours_from_the_style():
+    decoder, maps, style = StyleDecoder(3, 6, 3, 2), torch.rand(2, 3, 8, 8, generator=generator(0)), torch.randn(2, 6, generator=generator(1))
+    out = decoder(maps, style)
+    assert out.shape == (2, 3, 32, 32)
+    assert not torch.allclose(out, decoder(maps, style.flip(0)), atol=1e-3) and not torch.allclose(out, decoder(maps.flip(0), style), atol=1e-3)
+    assert torch.allclose(decoder(5*maps, style), out, atol=.15*out.std().item()), 'AdaIN: how strong a map is does not matter, where it is strong does'
+
+
+def test_maps_are_alike_as_cosines_say():
+    maps = torch.rand(2, 3, 4, 4, generator=generator(0))
+    pairs = [torch.cosine_similarity(m[i].flatten(), m[j].flatten(), dim=0) for m in maps for i in range(3) for j in range(3) if i != j]
+    assert alike(maps).item() == pytest.approx(torch.stack(pairs).mean().item(), abs=1e-6)
+
+
+@pytest.fixture
+def painted(planted, monkeypatch):
+    "The planted things in colours of their own: what they look like has a layout"
+    encoder, _ = planted
+    colours = torch.tensor([[20, 20, 20], [240, 40, 40], [40, 240, 40], [40, 40, 240]], dtype=torch.uint8)
+    images = colours[encoder.truth].movedim(3, 1).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    of = lambda imgs: torch.tensor([int((images == img).flatten(1).all(1).nonzero()[0]) for img in imgs])
+    seen = lambda ids: Seen(torch.ones(len(ids), 12), torch.eye(12)[encoder.truth[ids]]*2, None)
+    monkeypatch.setattr('semmae.paper.look', lambda vit, imgs, block: seen(of(imgs)))
+    return encoder, images
+
+
+def test_the_papers_way_finds_the_layout_that_rebuilds_the_image(painted):
+    encoder, images = painted
+    parts = learn_paper_parts(images[:30], encoder, n_parts=3, steps=150)  # one is too small to outlive the blur
+    maps, rebuilt = parts.look(images[30:])
+    assert score_parts(parts.predict(images[30:]), encoder.truth[30:])['nmi'] > .6
+    assert ((rebuilt.float() - images[30:])**2).mean() < .5*((images[30:].float().mean((2, 3), keepdim=True) - images[30:])**2).mean()
+
+
+def test_the_papers_way_by_value_and_its_collapse(painted, monkeypatch):
+    encoder, images = painted
+    options = dict(n_parts=3, steps=100)
+    one, again, other = (learn_paper_parts(images, encoder, **options, seed=s).maps.state_dict() for s in (0, 0, 1))
+    assert all(torch.equal(one[k], again[k]) for k in one) and not all(torch.equal(one[k], other[k]) for k in one)
+    assert torch.cat(list(make_parts(dict(train=ImageSet(images), test=ImageSet(images[:8])), 'paper', encoder, **options)['test'])).shape == (8, 8, 8)
+    monkeypatch.setattr(PaperParts, 'predict', lambda self, images: torch.zeros(len(images), 8, 8, dtype=torch.long))
+    with pytest.raises(SemmaeError, match='the parts have collapsed: one label holds 0.0 % of all cells and one 100.0 %'): learn_paper_parts(images, encoder, **options)

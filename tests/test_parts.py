@@ -2,6 +2,7 @@
 import gc
 import weakref
 from itertools import combinations, permutations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ from PIL import Image, ImageOps
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from semmae.core import SemmaeError, generator
-from semmae.data import ImageSet, read_maps, whole_parts, write_maps
-from semmae.parts import closest, control, foreground_iou, make_parts, matched_iou, open_parts, read_cub, regions, score_keypoints, score_parts
-from semmae.vit import Seen, make_encoder
+from semmae.data import ImageSet, load_images, read_maps, whole_parts, write_maps
+from semmae.parts import called_iou, closest, control, few_maps, foreground_iou, judge_parts, make_parts, matched_iou, open_parts, read_cub, regions, score_keypoints, score_parts
+from semmae.vit import Seen, make_encoder, save_encoder
+
+ROOT = Path(__file__).parent.parent
 
 
 def maps(seed, n=6, labels=5, grid=(6, 7)):
@@ -263,3 +266,21 @@ def test_the_truth_is_brought_to_the_maps_where_it_is():
     "On whatever device: with tensors that have none of their own"
     from torch._subclasses.fake_tensor import FakeTensorMode
     with FakeTensorMode(): assert whole_parts(torch.zeros(3, 8, 8, dtype=torch.uint8, device='cuda'), (4, 4), 5).device.type == 'cuda'
+
+
+def test_heads_and_k_means_stand_beside_learned_maps(tmp_path):
+    data = dict(source=str(ROOT/'data'), size=[64, 64], channels=3, limit=20)
+    splits = dict(zip(('train', 'val', 'test'), load_images(**data)))
+    write_maps(tmp_path/'runs/parts', {k: d.parts for k, d in splits.items()}, {k: d.images for k, d in splits.items()})
+    save_encoder(make_encoder(image=(64, 64), patch_size=8, embed_dim=32, depth=2, num_heads=2), tmp_path/'runs/teacher/encoder.safetensors')
+    images, maps = few_maps(tmp_path, dict(data=data, parts=dict(source='learned', n_parts=3, block=1)))
+    assert list(maps) == ['true parts', 'heads', 'k_means', 'learned'] and {len(m) for m in maps.values()} == {len(images)} == {8}
+    assert torch.equal(maps['learned'], maps['true parts']) and maps['k_means'].shape == (8, 8, 8)
+    assert list(few_maps(tmp_path, dict(data=data, parts=dict(source='two_level', n_parts=3)))[1]) == ['true parts', 'two_level']
+
+
+def test_what_is_called_foreground_is_judged_as_such():
+    true = torch.tensor([[[0, 1], [2, 0]]])
+    assert called_iou(torch.tensor([[[0, 3], [0, 1]]]), true) == pytest.approx(1/3)
+    two = true.repeat(2, 1, 1)
+    assert judge_parts(two, two, 3, calls=True)['called_iou'] == 1 and 'called_iou' not in judge_parts(two, two, 3)

@@ -107,7 +107,7 @@ def test_comparing_runs(done):
 
 def test_forgotten_export(done):
     project, _ = done
-    nb = project/'nbs/05_masking.ipynb'
+    nb = project/'nbs/07_masking.ipynb'
     edited = nb.read_text().replace('Hide patches uniformly at random', 'Hide patches at random')
     assert edited != nb.read_text()
     nb.write_text(edited)
