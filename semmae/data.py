@@ -9,7 +9,7 @@ __all__ = ['SPLITS', 'SYNONYMS', 'IMAGENET', 'Source', 'hold_out', 'read_paths',
            'random_boxes', 'random_flips', 'resize_weights', 'crop', 'uncropped', 'whole', 'check_labels', 'crop_parts',
            'whole_parts', 'normalize', 'unnormalize', 'data_key', 'check_maps', 'write_maps', 'read_maps']
 
-# %% ../nbs/01_data.ipynb #c327a03f
+# %% ../nbs/01_data.ipynb #0c2eab55
 import csv, hashlib, importlib.util, io, math, os, tarfile, zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_datase
 
 from .core import SemmaeError, atomic, check, draw, file_hash, generator, read_json, write_json
 
-# %% ../nbs/01_data.ipynb #fb133e54
+# %% ../nbs/01_data.ipynb #8ea4fbe2
 SPLITS = 'train', 'val', 'test'
 
 @dataclass
@@ -38,7 +38,7 @@ class Source:
     kinds: Callable = None # class name -> a coarser class, where there is one
     parts: Callable = None # index -> (h,w) uint8 map of true parts
 
-# %% ../nbs/01_data.ipynb #a1959ece
+# %% ../nbs/01_data.ipynb #f7542698
 def hold_out(names, splits, labels=None):
     "`splits` with the missing val and test taken from train, a tenth of every class each"
     splits, groups = list(splits), {}
@@ -52,7 +52,7 @@ def hold_out(names, splits, labels=None):
             for i in ids[k*n:(k+1)*n]: splits[i] = s
     return splits
 
-# %% ../nbs/01_data.ipynb #0d0f790e
+# %% ../nbs/01_data.ipynb #1e0a0b6f
 SYNONYMS = {'training': 'train', 'valid': 'val', 'validation': 'val', 'testing': 'test'}
 
 def read_paths(paths):
@@ -74,7 +74,7 @@ def read_paths(paths):
     check(not stray, f"{stray and stray[0]} lies outside the class folders: move it into one of them")
     return names, splits, labels
 
-# %% ../nbs/01_data.ipynb #616cb7fc
+# %% ../nbs/01_data.ipynb #a502901d
 def hidden(path): return any(p.startswith('.') for p in Path(path).parts)
 
 def folder_source(path):
@@ -85,7 +85,7 @@ def folder_source(path):
     names, splits, labels = read_paths([str(f.relative_to(path)) for f in files])
     return Source([str(f) for f in files], hold_out(names, splits, labels), lambda i: Image.open(files[i]), files, labels)
 
-# %% ../nbs/01_data.ipynb #52b1ddde
+# %% ../nbs/01_data.ipynb #bf517a84
 def read_at(path, start, size):
     "`size` bytes of a file"
     with open(path, 'rb') as f:
@@ -115,7 +115,7 @@ def tar_source(path):
     names, splits, labels = read_paths(paths)
     return Source([f'{path}:{p}' for p in paths], hold_out(names, splits, labels), lambda i: Image.open(io.BytesIO(blobs[paths[i]]())), [path], labels)
 
-# %% ../nbs/01_data.ipynb #1adc91d5
+# %% ../nbs/01_data.ipynb #99862f72
 def timm_source(name,       # torch/cifar10, hfds/…
                 root=None): # where it is kept; None: ~/.cache/semmae
     "A dataset that timm knows by name"
@@ -147,7 +147,7 @@ def class_names(targets, classes=None):
     if any(t is None or int(t) < 0 for t in targets): return None
     return [str(classes[int(t)]) if classes else f'{int(t):04d}' for t in targets]
 
-# %% ../nbs/01_data.ipynb #642eef22
+# %% ../nbs/01_data.ipynb #f510724d
 def sheet_source(path,
                  tile=64): # side of a tile
     "The demo's tile sheets, with true parts"
@@ -172,7 +172,7 @@ def sheet_source(path,
     return Source([f'{path}/{s}.jpg#{k}' for s, k in place], [s for s, _ in place], lambda i: cut(pixels[place[i][0]], place[i][1]),
                   [path/f'{s}.jpg' for s in count], [r['class'] for r in rows], lambda c: c.split('-')[0], lambda i: np.asarray(cut(parts[place[i][0]], place[i][1])))
 
-# %% ../nbs/01_data.ipynb #4b7e67fe
+# %% ../nbs/01_data.ipynb #912e20ca
 def open_source(source,   # folder, tar file, or timm's name
                 root='.'): # what relative paths start from
     "The source that `source` names, its classes checked"
@@ -196,7 +196,7 @@ def check_classes(src):
             check(len(where) == 3, f"class {c!r} has images in {' and '.join(where)} only: give it some in train, val and test, or remove it")
     return src
 
-# %% ../nbs/01_data.ipynb #52b1a104
+# %% ../nbs/01_data.ipynb #c62b52a5
 def decode(src, i, size, channels=3):
     "Image `i` of a source as a (C,H,W) uint8 array"
     try:
@@ -212,7 +212,7 @@ def workers():
     "A pool of this process's share of the cores; Pillow decodes in threads side by side"
     return ThreadPoolExecutor(max(1, os.cpu_count()//int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
 
-# %% ../nbs/01_data.ipynb #8b23712d
+# %% ../nbs/01_data.ipynb #fe584036
 class Stream:
     "What a tensor of decoded images would give, decoded when asked for"
     def __init__(self, src, ids, size, channels=3, device='cpu'):
@@ -263,7 +263,7 @@ def read_all(stream):
     for ids, part in zip(torch.arange(len(stream)).split(1024), stream.split(1024)): images[ids] = part
     return images
 
-# %% ../nbs/01_data.ipynb #b380793b
+# %% ../nbs/01_data.ipynb #644499c7
 @dataclass
 class ImageSet:
     "One split"
@@ -278,7 +278,7 @@ class ImageSet:
         move = lambda x: None if x is None else x.to(device)
         return ImageSet(move(self.images), {k: move(v) for k, v in self.targets.items()}, self.classes, move(self.parts), self.names)
 
-# %% ../nbs/01_data.ipynb #361f6036
+# %% ../nbs/01_data.ipynb #f8caf020
 def read_targets(src, ids):
     "Targets of images `ids` by name, and the names of their classes"
     if not src.labels: return {}, {}
@@ -286,7 +286,7 @@ def read_targets(src, ids):
     names = {k: sorted({f(c) for c in src.labels}) for k, f in coarse.items()}
     return {k: torch.tensor([names[k].index(f(src.labels[i])) for i in ids]) for k, f in coarse.items()}, names
 
-# %% ../nbs/01_data.ipynb #46cd820b
+# %% ../nbs/01_data.ipynb #0c49cec5
 def open_split(src,         # a Source
                split,       # train, val or test
                size,        # (height, width)
@@ -313,7 +313,7 @@ def load_images(source, splits=SPLITS, root='.', *, size, channels=3, limit=None
     if stream is None: stream = not fits(number*channels*math.prod(size))
     return [open_split(src, s, size, channels, limit, stream) for s in splits]
 
-# %% ../nbs/01_data.ipynb #adf0e80c
+# %% ../nbs/01_data.ipynb #21e20515
 def random_boxes(n, gen,             # how many, and from which generator
                  size,               # (height, width) of the frame, for the aspect ratio
                  scale=(.2, 1.),     # area of the crop as a share of the frame
@@ -334,7 +334,7 @@ def random_flips(n, gen):
     "Which of `n` images to mirror"
     return draw(gen, n) < .5
 
-# %% ../nbs/01_data.ipynb #831346f2
+# %% ../nbs/01_data.ipynb #0dc94c9f
 def resize_weights(start, length,   # (B,) of the box along one axis, in fractions
                    n_in, n_out,     # cells before and after
                    kernel='linear'):
@@ -387,7 +387,7 @@ def whole_parts(parts, size, n_parts, batch=250):
     if tuple(parts.shape[1:]) == tuple(size): return parts.long()
     return torch.cat([crop_parts(x, *uncropped(x), size, n_parts) for x in parts.split(batch)])
 
-# %% ../nbs/01_data.ipynb #388c97bf
+# %% ../nbs/01_data.ipynb #6e65c5b1
 IMAGENET = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 def normalize(x, stats=IMAGENET):
@@ -400,7 +400,7 @@ def unnormalize(x):
     zero, one = (normalize(torch.full_like(x[:1], v)) for v in (0., 1.))
     return ((x - zero)/(one - zero)).round().clamp(0, 255).to(torch.uint8)
 
-# %% ../nbs/01_data.ipynb #a60f36ec
+# %% ../nbs/01_data.ipynb #c8ab60ab
 def data_key(images):
     "What tells these images from others"
     h = hashlib.blake2b(repr(tuple(images.shape)).encode(), digest_size=16)
@@ -409,11 +409,12 @@ def data_key(images):
 
 def check_maps(maps, split):
     "Part maps as bytes, (n,h,w)"
-    maps = torch.as_tensor(maps)
-    check(maps.ndim == 3 and maps.numel(), f"the maps of {split} are of shape {tuple(maps.shape)}: give (images, rows, columns)")
-    check(not maps.is_floating_point() or (maps == maps.round()).all(), f"the maps of {split} hold numbers that are not whole: give labels")
+    maps = np.asarray(maps.cpu() if isinstance(maps, torch.Tensor) else maps)
+    check(maps.dtype.kind in 'biuf' and np.isfinite(maps).all(), f"the maps of {split} are no numbers: give labels")
+    check(maps.ndim == 3 and maps.size, f"the maps of {split} are of shape {tuple(maps.shape)}: give (images, rows, columns)")
+    check(maps.dtype.kind != 'f' or (maps == maps.round()).all(), f"the maps of {split} hold numbers that are not whole: give labels")
     check_labels(maps, 256)
-    return maps.to('cpu', torch.uint8)
+    return torch.from_numpy(maps.astype(np.uint8))
 
 def write_maps(folder,
                maps,     # split -> maps (n,h,w), all of them or batch by batch

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['heard', 'PartTokens', 'StyleDecoder', 'alike', 'PaperParts', 'learning_parts', 'learn_paper_parts']
 
-# %% ../nbs/04_paper.ipynb #0167acaf
+# %% ../nbs/04_paper.ipynb #dc1a761e
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -13,14 +13,14 @@ from torch.nn import functional as F
 from .core import check, generator
 from .vit import look, prepare
 
-# %% ../nbs/04_paper.ipynb #69641adc
+# %% ../nbs/04_paper.ipynb #15bd069f
 def heard(encoder, images, block=None, batch=50):
     "Class tokens (N,D) and patch tokens (N,h,w,D), scaled to mean 0 and spread 1"
     prepare(encoder, images.device).eval()
     whole, patches = map(torch.cat, zip(*((s.whole, s.patches) for imgs in images.split(batch) for s in [look(encoder, imgs, block)])))
     return tuple(F.layer_norm(x, x.shape[-1:]) for x in (whole, patches))
 
-# %% ../nbs/04_paper.ipynb #4d3f0eba
+# %% ../nbs/04_paper.ipynb #07257101
 class PartTokens(nn.Module):
     "Maps (B,N,h,w) from class tokens and patch tokens: how much a cell belongs to every part"
     def __init__(self, dim, n_parts):
@@ -33,15 +33,15 @@ class PartTokens(nn.Module):
         near = torch.einsum('bnd,bhwd->bnhw', tokens, F.normalize(patches, dim=3))
         return F.avg_pool2d(F.pad((self.scale*near).softmax(1), (1,)*4, mode='replicate'), 3, 1)
 
-# %% ../nbs/04_paper.ipynb #5ae090d9
+# %% ../nbs/04_paper.ipynb #07a3f07d
 class StyleDecoder(nn.Module):
     "An image (B,C,H,W) from maps and a style"
     def __init__(self, n_parts, dim, channels, doublings, width=64):
         super().__init__()
         widths = [n_parts] + [max(16, width >> k) for k in range(doublings + 1)]
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths, widths[1:]))
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1, padding_mode='replicate') for a, b in zip(widths, widths[1:]))
         self.styles = nn.ModuleList(nn.Linear(dim, 2*b) for b in widths[1:])
-        self.out = nn.Conv2d(widths[-1], channels, 3, padding=1)
+        self.out = nn.Conv2d(widths[-1], channels, 3, padding=1, padding_mode='replicate')
 
     def forward(self, maps, style): # (B,N,h,w), (B,D)
         x = maps
@@ -51,14 +51,14 @@ class StyleDecoder(nn.Module):
             x = F.gelu(F.instance_norm(conv(x))*(1 + spread) + mean)
         return self.out(x)
 
-# %% ../nbs/04_paper.ipynb #9665af34
+# %% ../nbs/04_paper.ipynb #12c8be63
 def alike(maps): # (B,N,h,w)
     "Mean cosine between different maps of an image"
     m = F.normalize(maps.flatten(2), dim=2)
     n = maps.shape[1]
     return ((m @ m.mT).sum((1, 2)) - n).mean()/(n*(n - 1))
 
-# %% ../nbs/04_paper.ipynb #5b89cd8f
+# %% ../nbs/04_paper.ipynb #287aa3f3
 class PaperParts:
     "A source of parts: an encoder, what makes maps of its tokens, and what makes images of maps"
     def __init__(self, encoder, block, maps, decoder): self.encoder, self.block, self.maps, self.decoder = encoder, block, maps, decoder
@@ -74,7 +74,7 @@ class PaperParts:
         "Labels (B,h,w)"
         return torch.cat([self.look(imgs)[0].argmax(1) for imgs in images.split(50)])
 
-# %% ../nbs/04_paper.ipynb #8236be42
+# %% ../nbs/04_paper.ipynb #7d746470
 def learning_parts(images, encoder, n_parts=6, block=None, diversity=1., steps=1000, seed=0, batch=32, lr=2e-3):
     "The paper's parts after every step of learning them"
     gen = generator(seed, 'paper')

@@ -8,8 +8,8 @@ __all__ = ['SOURCES', 'options_of', 'LEARN', 'OPTIONS', 'CALLS', 'FIT', 'agreeme
            'k_means', 'nearest', 'Heads', 'Clusters', 'TwoLevel', 'Grid', 'Looking', 'used', 'open_parts', 'regions',
            'closest', 'rename', 'make_parts', 'judge_parts', 'parts_stage', 'few_maps']
 
-# %% ../nbs/06_parts.ipynb #aa9ccf11
-import inspect, math
+# %% ../nbs/06_parts.ipynb #0fcfc7a4
+import inspect
 from collections import defaultdict
 from pathlib import Path
 
@@ -20,13 +20,13 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from torch.nn import functional as F
 
-from .core import SemmaeError, best_device, check, generator, read_params, write_json
+from .core import best_device, check, generator, read_params, write_json
 from .data import SPLITS, Stream, check_labels, load_images, read_maps, whole_parts, write_maps
 from .learn import learn_parts
 from .paper import learn_paper_parts
 from .vit import Seen, gather, load_encoder, look_at, prepare
 
-# %% ../nbs/06_parts.ipynb #f1329dc3
+# %% ../nbs/06_parts.ipynb #2a655fd5
 def agreement(pred, true): # labels of the same cells, flat
     "NMI and ARI of two labellings"
     return dict(nmi=float(normalized_mutual_info_score(true, pred)), ari=float(adjusted_rand_score(true, pred)))
@@ -57,7 +57,7 @@ def called_iou(pred, true, background=0): # (N,h,w) labels, (N,H,W) true parts
     called, front = (pred > 0).cpu(), (whole_parts(true, pred.shape[1:], int(true.max()) + 1) != background).cpu()
     return float((called & front).sum()/(called | front).sum().clamp(min=1))
 
-# %% ../nbs/06_parts.ipynb #41b7065e
+# %% ../nbs/06_parts.ipynb #6634f504
 def score_parts(pred,          # (N,h,w) labels
                 true,          # (N,H,W) true parts, on a grid of their own
                 background=0,  # the true part that is no part
@@ -80,13 +80,14 @@ def control(pred, true, seed=0, **kw):
     order = torch.randperm(len(true), generator=generator(seed, 'control'))
     return score_parts(pred[order.to(pred.device)], true[order.roll(1).to(true.device)], **kw)
 
-# %% ../nbs/06_parts.ipynb #65287658
+# %% ../nbs/06_parts.ipynb #3f2cac13
 def score_keypoints(pred,   # (N,h,w) labels
                     points): # (N,K,3): x and y in fractions of the image, and whether it is seen
     "NMI and ARI between the labels under keypoints and the keypoints' names"
     check(len(pred) == len(points), f"there are maps for {len(pred)} images and keypoints for {len(points)}: give those of the same images")
+    check(points.ndim == 3 and points.shape[2] == 3, f"the keypoints are of shape {tuple(points.shape)}: give (images, keypoints, 3), x, y and whether it is seen")
     n, k = points[..., 2].nonzero(as_tuple=True)
-    check(len(n) and ((0 <= points[n, k]) & (points[n, k] <= 1)).all(), "no keypoint is visible: give (x, y, seen) with x and y as fractions of the image")
+    check(len(n) and ((0 <= points[n, k]) & (points[n, k] <= 1)).all(), "no keypoint is visible, or some lie outside their image: give (x, y, seen) with x and y as fractions of the image")
     (h, w), (x, y) = pred.shape[1:], points[n, k, :2].unbind(1)
     row, col = ((v*s).long().clamp(0, s - 1) for v, s in ((y, h), (x, w)))
     return agreement(pred[n, row, col].cpu().numpy(), k.cpu().numpy())
@@ -102,8 +103,9 @@ def read_cub(folder, # CUB_200_2011
     number, col, known = {name: i for i, name in images}, {part[0]: k for k, part in enumerate(parts)}, defaultdict(list)
     for i, part, *xy in points: known[i].append((col[part], *map(float, xy)))
     out = torch.zeros(len(names), len(col), 3)
-    for row, name in enumerate('/'.join(Path(n).parts[-2:]) for n in names):
+    for row, name in enumerate('/'.join(Path(n.split(':')[-1]).parts[-2:]) for n in names):
         check(name in number, f"{name} is none of the images in {folder}/images.txt: give the names of CUB's images")
+        check((folder/'images'/name).is_file(), f"there is no {folder}/images/{name}: give the folder CUB_200_2011, unpacked")
         with Image.open(folder/'images'/name) as img: w, h = img.size
         scale = min(w/size[1], h/size[0])  # the largest frame of the wanted shape, from the middle
         for k, x, y, seen in known[number[name]]:
@@ -111,7 +113,7 @@ def read_cub(folder, # CUB_200_2011
             if seen and 0 <= x < 1 and 0 <= y < 1: out[row, k] = torch.tensor([x, y, 1.])
     return out
 
-# %% ../nbs/06_parts.ipynb #1701b8b6
+# %% ../nbs/06_parts.ipynb #be01fc7f
 def looks(encoder, images, blocks, batch=50):
     "What the encoder says of images at some blocks, batch by batch"
     prepare(encoder, images.device).eval()
@@ -138,7 +140,7 @@ def nearest(x, centres): # (…,D), (n,D)
     "Which centre is nearest to a direction"
     return torch.cdist(F.normalize(x, dim=-1).flatten(0, -2), centres).argmin(1).view(x.shape[:-1])
 
-# %% ../nbs/06_parts.ipynb #584376b7
+# %% ../nbs/06_parts.ipynb #9b78ee60
 class Heads:
     "Which head of the class token's attention looks at a cell most, compared with what it looks at on average"
     def __init__(self, seed=0): pass  # nothing is fitted
@@ -149,7 +151,7 @@ class Clusters:
     def __init__(self, there, last, n_parts, seed=0): self.centres = k_means(there.patches, n_parts, seed)
     def of(self, there, last): return nearest(there.patches, self.centres)
 
-# %% ../nbs/06_parts.ipynb #07b137f1
+# %% ../nbs/06_parts.ipynb #60158902
 class TwoLevel:
     "Label 0 where the foreground scores low, k-means in the rest"
     def __init__(self, there, back, n_parts,
@@ -178,7 +180,7 @@ class TwoLevel:
 
 SOURCES = dict(heads=Heads, k_means=Clusters, two_level=TwoLevel)
 
-# %% ../nbs/06_parts.ipynb #d6601db6
+# %% ../nbs/06_parts.ipynb #2c54d45c
 class Grid:
     "Position alone: rectangles"
     def __init__(self, n_parts, grid=(8, 8)):
@@ -202,7 +204,7 @@ class Looking:
 
     def predict(self, images): return torch.cat([self.labels.of(*seen) for seen in looks(self.encoder, images, self.blocks)])
 
-# %% ../nbs/06_parts.ipynb #a94c0c62
+# %% ../nbs/06_parts.ipynb #c3d67a69
 options_of = lambda make: [k for k in inspect.signature(make).parameters if k not in ('images', 'encoder', 'there', 'last', 'back', 'seed')]
 LEARN = dict(learned=learn_parts, paper=learn_paper_parts)
 OPTIONS = dict(grid=options_of(Grid)) | {name: ['block', *options_of(make)] for name, make in SOURCES.items()} | {name: options_of(make) for name, make in LEARN.items()}
@@ -226,9 +228,7 @@ def open_parts(source, encoder=None, images=None, seed=0, **options):
     if source in LEARN: return LEARN[source](images, encoder, seed=seed, **options)
     return Looking(encoder, images, source, seed=seed, **options)
 
-
-
-# %% ../nbs/06_parts.ipynb #c8e270a5
+# %% ../nbs/06_parts.ipynb #0d026185
 def regions(encoder, images, maps, # (N,h,w)
             block=None):
     "Mean token of every label in every image, of length 1, (N,n_parts,D); zero where an image does not have the label"
@@ -240,14 +240,14 @@ def regions(encoder, images, maps, # (N,h,w)
 def closest(found,  # from `regions`
             image, part, k=8):
     "The `k` regions of other images that are nearest to one, whatever their label: (their images, their labels)"
-    check(found[image, part].any(), f"image {image} has no part {part}: choose a region that is there")
+    check(0 <= image < len(found) and 0 <= part < found.shape[1] and found[image, part].any(), f"image {image} has no part {part}: choose a region that is there")
     near = found @ found[image, part]
     near[~found.any(2)] = -2
     near[image] = -2
     ids = near.flatten().argsort(descending=True)[:min(k, int((near > -2).sum()))]
     return ids//found.shape[1], ids % found.shape[1]
 
-# %% ../nbs/06_parts.ipynb #79315b64
+# %% ../nbs/06_parts.ipynb #8fe91b48
 def rename(pred, true):
     "Labels called what the best matching with true parts (on a grid of their own) calls them"
     n_pred, n_true = int(pred.max()) + 1, int(true.max()) + 1
@@ -258,11 +258,11 @@ def rename(pred, true):
     names[names < 0] = [k for k in range(n_pred + n_true) if k not in parts][:(names < 0).sum()]
     return torch.from_numpy(names).to(pred.device)[pred.long()]
 
-# %% ../nbs/06_parts.ipynb #70b7b565
+# %% ../nbs/06_parts.ipynb #b9fd3c02
 FIT = 1500 # training images that a source is fitted on
 
 def make_parts(splits,          # name -> ImageSet
-               source,          # given, a folder, or one of SOURCES
+               source,          # given, a folder, or one of OPTIONS
                encoder=None,
                root='.', seed=0,
                **options):
@@ -278,7 +278,7 @@ def make_parts(splits,          # name -> ImageSet
     found = open_parts(source, encoder, images[some.to('cpu' if isinstance(images, Stream) else images.device)], seed, **options)
     return {k: map(found.predict, d.images.split(250)) for k, d in splits.items()}
 
-# %% ../nbs/06_parts.ipynb #500d45a5
+# %% ../nbs/06_parts.ipynb #1c898f15
 def judge_parts(maps,         # (N,h,w)
                 true=None, n_parts=None,
                 calls=False): # whether label 0 is what the source calls background
@@ -307,6 +307,7 @@ def few_maps(root, cfg, n=8):
     maps = {source: read_maps(Path(root)/'runs/parts', 'test', test.images)[:300]}
     if source in LEARN:
         encoder = load_encoder(Path(root)/'runs/teacher/encoder.safetensors')
-        maps = {name: open_parts(name, encoder, few(train, 300), **options).predict(few(test, 300)) for name in ('heads', 'k_means')} | maps
+        beside = lambda name, **kw: open_parts(name, encoder, few(train, 300), cfg['seed'], **kw).predict(few(test, 300))
+        maps = dict(heads=beside('heads'), k_means=beside('k_means', **options)) | maps  # heads look at most parts at the last block
     if test.parts is None: return few(test, n), {k: m[:n] for k, m in maps.items()}
     return few(test, n), {'true parts': test.parts[:n]} | {k: rename(m, test.parts[:300])[:n] for k, m in maps.items()}

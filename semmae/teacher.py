@@ -7,7 +7,7 @@ __all__ = ['GREY', 'OPENED', 'TRAINED', 'random_colours', 'view', 'place', 'rand
            'balance', 'cross', 'Told', 'Distiller', 'shared', 'check_bits', 'Views', 'check_distil', 'rise', 'distil',
            'val_knn', 'check_teacher', 'teacher_stage', 'main', 'plot_history']
 
-# %% ../nbs/03_teacher.ipynb #4eb479d0
+# %% ../nbs/03_teacher.ipynb #d5778e1d
 import copy, inspect, math
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +26,7 @@ from .evaluate import accuracy, compare, features, knn, whiten
 from .train import Checkpoint, Shuffled, check_scale, check_schedule, check_whole, enough_memory, join, lr_at, run_epochs, run_key, run_process, world
 from .vit import autocast, check_image, encode, encoder_of, open_encoder, prepare, resize, save_encoder
 
-# %% ../nbs/03_teacher.ipynb #1d5cf3fe
+# %% ../nbs/03_teacher.ipynb #083d8594
 GREY = .299, .587, .114
 
 def random_colours(imgs,         # (B,3,H,W), 0–255
@@ -55,7 +55,7 @@ def view(images, size, scale, gen):
     x = crop(images, boxes, flips, size)
     return normalize(random_colours(x, gen) if x.shape[1] == 3 else x)
 
-# %% ../nbs/03_teacher.ipynb #885943aa
+# %% ../nbs/03_teacher.ipynb #bd42edd7
 def place(imgs, frame, patch, gen):
     "Small images somewhere on empty frames, and the ids of their patches"
     (h, w), (H, W) = imgs.shape[2:], frame
@@ -80,7 +80,7 @@ def random_blocks(n, grid, gen, share=(.1, .5), chance=.5):
     order = (covered > 0).sum(1) + draw(gen, n, h*w)                     # the earlier covered, the higher
     return order.argsort(1, descending=True).argsort(1) < want[:, None]
 
-# %% ../nbs/03_teacher.ipynb #8e4253fe
+# %% ../nbs/03_teacher.ipynb #80e886ca
 class Standard(nn.Module):
     "Every channel to mean 0 and deviation 1 in the batch of all processes"
     def forward(self, x): # (N,D)
@@ -117,7 +117,7 @@ def cross(p, log_q):
     "Cross-entropies, row by row"
     return -(p*log_q).sum(1)
 
-# %% ../nbs/03_teacher.ipynb #cf9f9358
+# %% ../nbs/03_teacher.ipynb #2b7a5d28
 class Told(NamedTuple):
     "What the teacher told in a step, sums over the batch"
     scores: torch.Tensor   # (2,K) of class tokens, of hidden patches
@@ -125,7 +125,7 @@ class Told(NamedTuple):
     answers: torch.Tensor  # (2,K) to first and to second views
     agree: torch.Tensor    # how far answers to the two views of an image agree
 
-# %% ../nbs/03_teacher.ipynb #af572409
+# %% ../nbs/03_teacher.ipynb #afc5ec41
 class Distiller(nn.Module):
     "A student, its teacher and what they say to each other"
     def __init__(self, encoder, n_words=512, balanced=True, seed=0):
@@ -167,7 +167,7 @@ class Distiller(nn.Module):
         n = told.tokens[:, None]
         self.centres.lerp_(torch.where(n > 0, told.scores/n.clamp(min=1), self.centres), 1 - centring)
 
-# %% ../nbs/03_teacher.ipynb #e8e74eee
+# %% ../nbs/03_teacher.ipynb #4e3df06e
 def shared(told): # of the steps of an epoch
     "How much likelier two views of one image get the same word than views of two images, in bits"
     _, tokens, answers, agree = (sum(x) for x in zip(*told))
@@ -179,7 +179,7 @@ def check_bits(bits, epoch, warmup_epochs):
     "Training stops where answers have nothing to do with images"
     check(bits > .1 or epoch <= warmup_epochs + 2, f"the teacher has collapsed: in epoch {epoch} two views of an image get the same word hardly more often than views of two images ({bits:.2f} bits); lower `teacher.lr` or `teacher.sharp`")
 
-# %% ../nbs/03_teacher.ipynb #d3a85ca1
+# %% ../nbs/03_teacher.ipynb #8484451c
 class Views(Shuffled):
     "What every step sees: large crops (2B,C,H,W), which of their patches are hidden (2B,L), small crops on frames (nB,C,H,W), and the ids of their patches"
     def __init__(self, images, encoder, epochs, batch, large=(.4, 1.), small=(.2, .5), n_small=2, seed=0):
@@ -199,7 +199,7 @@ class Views(Shuffled):
         frames, seen = map(torch.cat, zip(*small)) if small else ([], [])
         return torch.cat(large), torch.cat(hide), frames, seen
 
-# %% ../nbs/03_teacher.ipynb #1ac5a2f5
+# %% ../nbs/03_teacher.ipynb #b62677a7
 def check_distil(epochs, batch, n_words, judge_every, balanced, momentum, sharp, **real):
     "What can be wrong with the numbers that `distil` is given"
     check_whole('teacher', n_words=n_words, judge_every=judge_every)
@@ -213,7 +213,7 @@ def rise(done, start, end):
     "From `start` to `end` on a cosine"
     return end + (start - end)*.5*(1 + math.cos(math.pi*done))
 
-# %% ../nbs/03_teacher.ipynb #b8868208
+# %% ../nbs/03_teacher.ipynb #224b4a8e
 def distil(encoder,           # fresh; trained in place, in the end the average of its training
            images,            # (N,C,H,W) uint8 or a Stream, on the device that trains
            epochs=100,
@@ -265,7 +265,7 @@ def distil(encoder,           # fresh; trained in place, in the end the average 
     encoder.load_state_dict(both.teacher['encoder'].state_dict())
     return [dict(epoch=0, step=0, loss=math.nan, bits=math.nan) | judged, *history]
 
-# %% ../nbs/03_teacher.ipynb #0726458d
+# %% ../nbs/03_teacher.ipynb #693e43ce
 def val_knn(train, val):
     "A judge for `distil`: what share of the val images nearest neighbours name right, by target"
     def judge(encoder):
@@ -274,7 +274,7 @@ def val_knn(train, val):
         return {f'knn_{k}': accuracy(knn(white(x), t, white(y)), val.targets[k]) for k, t in train.targets.items()}
     return judge if train.targets else None
 
-# %% ../nbs/03_teacher.ipynb #500c0165
+# %% ../nbs/03_teacher.ipynb #963c227e
 OPENED, TRAINED = ('name', 'weights', 'image'), ('encoder', 'image', 'large', 'small', 'n_small',
                                                         *[k for k in inspect.signature(distil).parameters if k not in ('images', 'encoder', 'seed', 'judge', 'checkpoint', 'log', 'kw')])
 
@@ -286,11 +286,12 @@ def check_teacher(options):
     for k in ('name', 'weights'): check(isinstance(options.get(k), (str, type(None))), f"`teacher.{k}` is {options.get(k)!r}: write a name")
     check('epochs' not in options or isinstance(options.get('encoder'), dict), "`teacher.encoder` does not say what is trained: write {patch_size: 8, embed_dim: 128, …}")
 
-# %% ../nbs/03_teacher.ipynb #da06e84e
+# %% ../nbs/03_teacher.ipynb #c0ddad91
 def teacher_stage(root, profile=None):
     "Open or train the encoder that a profile of params.yaml describes, results in runs/teacher"
     cfg, out, metrics = read_params(f'{root}/params.yaml', profile), Path(root)/'runs/teacher', Path(root)/'runs/metrics/teacher.json'
     out.mkdir(parents=True, exist_ok=True)
+    for old in ('encoder.safetensors', 'history.csv'): (out/old).unlink(missing_ok=True)
     if cfg.get('teacher') is None: return write_json(metrics, dict(seed=cfg['seed']))
     check_teacher(options := cfg['teacher'])
     device, history = join(best_device()), None
@@ -314,7 +315,7 @@ def main():
     "The command `semmae-teacher ROOT [PROFILE]`, for torchrun"
     run_process(teacher_stage)
 
-# %% ../nbs/03_teacher.ipynb #c8f6aef4
+# %% ../nbs/03_teacher.ipynb #a27fe883
 def plot_history(history, figsize=(6, 2.2)):
     "The loss, what the teacher's answers carry, and its k-NN, by epoch"
     titles = {'loss': 'loss', 'bits': 'bits that two views share', 'knn_': 'k-NN on val'}

@@ -7,7 +7,7 @@ __all__ = ['sincos', 'init_mae', 'plain', 'make_encoder', 'encoder_of', 'remembe
            'prepare', 'save_encoder', 'read_weights', 'load_encoder', 'open_encoder', 'tells_of_itself', 'check_image',
            'resize', 'download', 'fill', 'Seen', 'look_at', 'look', 'received']
 
-# %% ../nbs/02_vit.ipynb #0509a1ad
+# %% ../nbs/02_vit.ipynb #5edaea0a
 import json
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch import nn
 from .core import SemmaeError, atomic, check, generator, grid_size
 from .data import IMAGENET, normalize, whole
 
-# %% ../nbs/02_vit.ipynb #bb590a8d
+# %% ../nbs/02_vit.ipynb #5dc95bc8
 def sincos(grid, # (rows, columns)
            dim): # channels
     "MAE's fixed position embedding, (rows·columns, dim)"
@@ -34,7 +34,7 @@ def sincos(grid, # (rows, columns)
     angle = torch.stack([col.flatten(), row.flatten()], 1)[..., None]*freq  # (L,2,dim/4)
     return torch.cat([angle.sin(), angle.cos()], 2).flatten(1).float()
 
-# %% ../nbs/02_vit.ipynb #3218296f
+# %% ../nbs/02_vit.ipynb #48d5680b
 def init_mae(module):
     "MAE's initial weights, in place"
     for m in module.modules():
@@ -44,7 +44,7 @@ def init_mae(module):
         if isinstance(m, nn.Conv2d): nn.init.xavier_uniform_(m.weight.view(len(m.weight), -1))
     return module
 
-# %% ../nbs/02_vit.ipynb #049fea58
+# %% ../nbs/02_vit.ipynb #c3850911
 def plain(name, **kw):
     "A VisionTransformer of timm's without classifier; anything else is refused"
     check(timm.is_model(name), f"timm has no model {name!r}: set `encoder.name` to one of `timm.list_models('vit_*')`")
@@ -73,6 +73,8 @@ def make_encoder(name='vit_tiny_patch16_224', # any VisionTransformer of timm's
 def encoder_of(of, options, channels, seed):
     "The fresh encoder that a block of params.yaml describes"
     for k in options: check(k not in ('channels', 'seed', 'stats', 'pretrained'), f"`{of}.{k}` is not chosen here: remove it (`seed`, `data.channels` and `teacher` say it)")
+    image = options['image']
+    check(isinstance(image, (list, tuple)) and len(image) == 2, f"`{of}.image` is {image!r}: set it to [height, width]")
     return make_encoder(**options, channels=channels, seed=seed)
 
 def remember(vit, name, stats=None, **kw):
@@ -86,7 +88,7 @@ def pixels_of(vit, images):
     check(images.shape[1] == vit.patch_embed.proj.in_channels, f"the encoder looks at images of {vit.patch_embed.proj.in_channels} channels and these have {images.shape[1]}: set `data.channels`")
     return normalize(whole(images, vit.patch_embed.img_size), vit.stats)
 
-# %% ../nbs/02_vit.ipynb #5666b0fb
+# %% ../nbs/02_vit.ipynb #91a99c9d
 def gather(x, ids):
     "Tokens `ids` (B,K) of x (B,L,D)"
     return x.gather(1, ids[..., None].expand(-1, -1, x.shape[2]))
@@ -107,7 +109,7 @@ def encode(vit,            # a timm VisionTransformer
     for block in vit.blocks: x = block(x)
     return vit.fc_norm(vit.norm(x))            # one of the two is the identity
 
-# %% ../nbs/02_vit.ipynb #5672c25f
+# %% ../nbs/02_vit.ipynb #99d8f356
 def autocast(device):
     "bfloat16 autocast where it pays, else nothing"
     native = device.type == 'cuda' or torch.cpu._is_avx512_bf16_supported()
@@ -119,7 +121,7 @@ def prepare(model, device):
         if hasattr(m, 'fused_attn'): m.fused_attn = device.type != 'cpu'
     return model.to(device)
 
-# %% ../nbs/02_vit.ipynb #8e250ff9
+# %% ../nbs/02_vit.ipynb #5c613709
 def save_encoder(vit, path):
     "The encoder's weights and recipe as a safetensors file"
     state = {k: v.detach().cpu().contiguous() for k, v in vit.state_dict().items()}
@@ -142,7 +144,7 @@ def load_encoder(path):
     except (ValueError, TypeError, RuntimeError) as e: raise SemmaeError(f"{path} does not hold the encoder that it says ({' '.join(str(e).split())[:200]}): make it again") from e
     return vit
 
-# %% ../nbs/02_vit.ipynb #18590624
+# %% ../nbs/02_vit.ipynb #1051de4d
 def open_encoder(name=None,        # of a VisionTransformer of timm's; None: what `weights` says of itself
                  weights=None,     # a file of weights; None: timm's, downloaded
                  image=None):      # (height, width) it looks at; None: what it was made for
@@ -165,7 +167,7 @@ def tells_of_itself(path):
     "Whether a file was written by `save_encoder`"
     return path.suffix == '.safetensors' and 'recipe' in read_weights(path)[1]
 
-# %% ../nbs/02_vit.ipynb #a2626b65
+# %% ../nbs/02_vit.ipynb #6b47a963
 def check_image(image, patch):
     "What an encoder looks at is a size that its patches cut"
     check(np.shape(image) == (2,) and all(type(n) is int for n in image), f"`teacher.image` is {image!r}: set it to [height, width]")
@@ -198,7 +200,7 @@ def fill(vit, name, path):
     except Exception as e: raise SemmaeError(f"{path} does not fit {name} ({' '.join(str(e).split())[:200]}): set `teacher.name` to the one it was trained as") from e  # files differ in many ways
     return vit
 
-# %% ../nbs/02_vit.ipynb #33bc702b
+# %% ../nbs/02_vit.ipynb #61d3898e
 class Seen(NamedTuple):
     "What an encoder says of images at a block"
     whole: torch.Tensor      # (B,D) class token; where there is none, the mean of the patches
@@ -211,7 +213,7 @@ def look_at(vit,
             blocks): # counted from 1; None: the last
     "What the encoder says of images at some of its blocks, tokens after the last norm"
     blocks, n, out = [len(vit.blocks) if k is None else k for k in blocks], vit.num_prefix_tokens, {}
-    for k in blocks: check(type(k) is int and 1 <= k <= len(vit.blocks), f"the encoder has {len(vit.blocks)} blocks: choose `parts.block` among them, not {k}")
+    for k in blocks: check(type(k) is int and 1 <= k <= len(vit.blocks), f"the encoder has {len(vit.blocks)} blocks: choose among them, not {k!r}, for `parts.block`, `parts.blocks` and `parts.foreground_block`")
     check(all(type(b) is Block and type(b.attn) is Attention for b in vit.blocks), f"the attention in blocks of {type(vit.blocks[0]).__name__} and {type(getattr(vit.blocks[0], 'attn', None)).__name__} cannot be read: choose another `teacher.name`, one of timm's plain `vit_*`")
     check(min(images.shape[2:]) >= vit.patch_embed.patch_size[0], f"images of {images.shape[2]}×{images.shape[3]} are smaller than the encoder's patches of {vit.patch_embed.patch_size[0]}: raise `data.size`, or choose another `teacher`")
     unflat = lambda v: v.float().unflatten(-1, vit.patch_embed.grid_size)

@@ -284,3 +284,26 @@ def test_what_is_called_foreground_is_judged_as_such():
     assert called_iou(torch.tensor([[[0, 3], [0, 1]]]), true) == pytest.approx(1/3)
     two = true.repeat(2, 1, 1)
     assert judge_parts(two, two, 3, calls=True)['called_iou'] == 1 and 'called_iou' not in judge_parts(two, two, 3)
+
+
+def test_what_users_may_get_wrong_is_one_sentence(tmp_path):
+    images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
+    with pytest.raises(SemmaeError, match='keypoints are of shape .4, 5, 2.: give'): score_keypoints(maps(0, n=4), torch.rand(4, 5, 2))
+    with pytest.raises(SemmaeError, match='some lie outside their image'): score_keypoints(maps(0, n=1), torch.full((1, 5, 3), 60.))
+    with pytest.raises(SemmaeError, match='image 7 has no part 0'): closest(torch.ones(3, 2, 4), 7, 0)
+    for wrong in (np.full((4, 2, 2), np.inf), np.full((4, 2, 2), 'cat'), np.full((4, 2, 2), None)):
+        with pytest.raises(SemmaeError, match='the maps of test are no numbers: give labels'): write_maps(tmp_path, dict(test=wrong), dict(test=images))
+    write_maps(tmp_path, dict(test=np.arange(16, dtype=np.uint16).reshape(4, 2, 2)), dict(test=images))
+    assert torch.equal(read_maps(tmp_path, 'test', images).flatten().long(), torch.arange(16))
+
+
+@pytest.mark.parametrize('source', ['k_means', 'heads', 'learned', 'paper'])
+def test_images_smaller_than_a_patch(source):
+    encoder = make_encoder(image=(32, 32), patch_size=8, embed_dim=32, depth=2, num_heads=2)
+    with pytest.raises(SemmaeError, match='images of 4×4 are smaller than the encoder.s patches of 8'): open_parts(source, encoder, torch.zeros(6, 3, 4, 4, dtype=torch.uint8), n_parts=2).predict(torch.zeros(6, 3, 4, 4, dtype=torch.uint8))
+
+
+def test_the_parameter_that_names_a_wrong_block_is_named():
+    encoder = make_encoder(image=(32, 32), patch_size=8, embed_dim=32, depth=2, num_heads=2)
+    with pytest.raises(SemmaeError, match='2 blocks: choose among them, not 9, for `parts.block`, `parts.blocks` and `parts.foreground_block`'):
+        open_parts('two_level', encoder, torch.zeros(6, 3, 32, 32, dtype=torch.uint8), n_parts=2, foreground_block=9)

@@ -8,8 +8,7 @@ from torch.nn import functional as F
 from conftest import ROOT
 from worker import teach
 
-from semmae.core import SemmaeError, generator
-from semmae.core import read_json, write_json
+from semmae.core import SemmaeError, generator, read_json, write_json
 from semmae.teacher import Distiller, Told, Views, balance, check_teacher, distil, place, random_blocks, random_colours, shared, teacher_stage, view
 from semmae.data import load_images
 from semmae.vit import encode, make_encoder
