@@ -7,7 +7,7 @@ __all__ = ['tokens', 'standard', 'unlike_border', 'principal', 'ridge', 'paste',
            'labelled', 'answers', 'told', 'encoder_key', 'Learned', 'load_learned', 'find_foreground', 'views_of',
            'training_nets', 'refuse_collapse', 'consensus', 'look_closely', 'name_parts', 'learn_parts']
 
-# %% ../nbs/05_learn.ipynb #93bcee98
+# %% ../nbs/05_learn.ipynb #51e74d07
 import hashlib, json
 
 import torch
@@ -18,13 +18,13 @@ from torch.nn import functional as F
 from .core import atomic, check, generator
 from .vit import look_at, prepare, read_weights
 
-# %% ../nbs/05_learn.ipynb #d0fe6dd0
+# %% ../nbs/05_learn.ipynb #c73a7832
 def tokens(encoder, images, blocks, batch=50):
     "Unit tokens of some blocks, (B,h,w,blocks,D), batch by batch"
     prepare(encoder, images.device).eval()
     for imgs in images.split(batch): yield torch.stack([F.normalize(s.patches, dim=3) for s in look_at(encoder, imgs, blocks)], 3)
 
-# %% ../nbs/05_learn.ipynb #ee59ce34
+# %% ../nbs/05_learn.ipynb #ff753ea8
 def standard(x):
     "Mean 0 and spread 1 along the last axis"
     return (x - x.mean(-1, keepdim=True))/x.std(-1, keepdim=True).clamp(min=1e-6)
@@ -41,7 +41,7 @@ def unlike_border(t): # (B,h,w,blocks,D)
     far = -(x @ F.normalize(x[:, :, edge].mean(2), dim=2)[..., None])[..., 0]
     return (standard(main) + standard(far)).sum(1).unflatten(1, t.shape[1:3])
 
-# %% ../nbs/05_learn.ipynb #47f82503
+# %% ../nbs/05_learn.ipynb #1f24a4aa
 def principal(x, dim):
     "Mean (D,) of vectors, and their foremost directions, each divided by its spread (D,dim)"
     values, vectors = torch.linalg.eigh(torch.cov(x.T))
@@ -51,7 +51,7 @@ def ridge(x, y, weight=1e-3):
     "The direction (D,) along which vectors of mean 0 tell y best"
     return torch.linalg.solve(x.mT @ x + weight*len(x)*torch.eye(x.shape[1], device=x.device), x.mT @ (y - y.mean()))
 
-# %% ../nbs/05_learn.ipynb #81840fa2
+# %% ../nbs/05_learn.ipynb #51c5de9d
 def paste(images, front, gen): # (B,C,H,W) bytes, (B,h,w)
     "Every foreground on the background of another image"
     up = lambda m: F.interpolate(m, images.shape[2:], mode='bilinear')
@@ -65,7 +65,7 @@ def paste(images, front, gen): # (B,C,H,W) bytes, (B,h,w)
     other = order.roll(1)[order.argsort()]  # nobody's own
     return torch.lerp(empty[other], x, up(front)).round().clamp(0, 255).byte()
 
-# %% ../nbs/05_learn.ipynb #9bfc2834
+# %% ../nbs/05_learn.ipynb #5acbcb29
 def information(met): # (…,n,n): how often two labels meet
     "Mutual information of two labels, the two views being as good as each other"
     p = met + met.mT
@@ -80,7 +80,7 @@ def neighbours(front, dy, dx): # (B,h,w)
     both = front[b, y + dy, x + dx]
     return b[both], (y*w + x)[both], ((y + dy)*w + x + dx)[both]
 
-# %% ../nbs/05_learn.ipynb #76199c2e
+# %% ../nbs/05_learn.ipynb #e2ca7c12
 def new_nets(n, dim, n_labels, gen, hidden=64):
     "Weights of small networks side by side"
     normal = lambda *shape: torch.randn(shape, generator=gen)/shape[1]**.5
@@ -102,14 +102,14 @@ def told(nets, one, other, front, shift, across): # views (B,L,dim), (B,h,w)
     met = met.unflatten(2, (p.shape[2], -1))                                    # (nets,B,labels,labels)
     return across*information(met.sum(1)) + (1 - across)*information(met[:, b.unique()]).mean(1)
 
-# %% ../nbs/05_learn.ipynb #c91efbeb
+# %% ../nbs/05_learn.ipynb #5cc31e89
 def encoder_key(encoder):
     "What tells an encoder from others"
     h = hashlib.blake2b(digest_size=16)
     for k, v in sorted(encoder.state_dict().items()): h.update(k.encode() + v.detach().float().cpu().contiguous().numpy().tobytes())
     return h.hexdigest()
 
-# %% ../nbs/05_learn.ipynb #6900a22c
+# %% ../nbs/05_learn.ipynb #b64a4a1c
 class Learned:
     "A source of parts: an encoder, which of its blocks count, and what was learned on their tokens"
     def __init__(self, encoder, blocks, **state): self.encoder, self.blocks, self.state = encoder, blocks, state
@@ -139,7 +139,7 @@ class Learned:
         "Keep all but the encoder as a safetensors file"
         with atomic(path) as tmp: save_file({k: v.cpu().contiguous() for k, v in self.state.items()}, tmp, metadata=dict(blocks=json.dumps(self.blocks), encoder=encoder_key(self.encoder)))
 
-# %% ../nbs/05_learn.ipynb #d2dc837b
+# %% ../nbs/05_learn.ipynb #572298d0
 def load_learned(path, encoder):
     "What `save` kept, with the encoder that it was learned on"
     state, about = read_weights(path)
@@ -147,7 +147,7 @@ def load_learned(path, encoder):
     check(about['encoder'] == encoder_key(encoder), f"the parts in {path} were learned on another encoder: give that one, or learn them anew")
     return Learned(encoder, json.loads(about['blocks']), **state)
 
-# %% ../nbs/05_learn.ipynb #8e99af44
+# %% ../nbs/05_learn.ipynb #3eacc8b4
 def find_foreground(parts, images, share, gen, dim=96):
     "Learn what is foreground; the cells of all images, and which of them are foreground"
     few = images[torch.randperm(len(images), generator=gen)[:300].to(images.device)]
@@ -167,7 +167,7 @@ def views_of(parts, images, x, front, pastes, gen):
         out.append(look(view) if k % 2 else look(view.flip(3)).flip(2))
     return torch.stack(out).flatten(2, 3)
 
-# %% ../nbs/05_learn.ipynb #bbc9b7d5
+# %% ../nbs/05_learn.ipynb #4eae610c
 def training_nets(views, front, n_labels, across, steps, gen, n_nets=16, lr=5e-3):
     "Networks whose label of a cell in one view tells much of its neighbours' in another, after every step"
     nets = {k: v.to(views.device).requires_grad_() for k, v in new_nets(n_nets, views.shape[3], n_labels, gen).items()}
@@ -184,7 +184,7 @@ def training_nets(views, front, n_labels, across, steps, gen, n_nets=16, lr=5e-3
         schedule.step()
         yield {k: v.detach() for k, v in nets.items()}
 
-# %% ../nbs/05_learn.ipynb #83b1f5c0
+# %% ../nbs/05_learn.ipynb #85cad1b4
 def refuse_collapse(held): # share of the foreground of every label
     "One sentence where a label is dead or swallows the others"
     check(held.min() > .002 and held.max() < .8, f"the parts have collapsed: one label holds {100*held.min():.1f} % of the foreground and one {100*held.max():.1f} %; choose a smaller `parts.n_parts`, other `parts.blocks`, or give more images")
@@ -195,7 +195,7 @@ def consensus(nets, x, n_labels, seed):
     some = answers(nets, x[torch.randperm(len(x), generator=generator(seed, 'consensus'))[:20000].to(x.device)])
     return torch.from_numpy(KMeans(n_labels, n_init=10, random_state=seed).fit(some.cpu().numpy()).cluster_centers_).to(x)
 
-# %% ../nbs/05_learn.ipynb #21b9d1ee
+# %% ../nbs/05_learn.ipynb #3ef310dd
 def look_closely(images, encoder, blocks=None, share=.35, pastes=2, seed=0):
     "The foreground, learned, and what there is to name: the cells of all images, which of them are foreground, all their views"
     check(len(images) > 1, f"parts are what images have in common and there is one: give more")
