@@ -6,7 +6,7 @@ from sklearn.metrics import mutual_info_score
 from torch import nn
 
 from semmae.core import SemmaeError, generator
-from semmae.learn import information, labelled, learn_parts, load_learned, neighbours, new_nets, paste, told
+from semmae.learn import information, labelled, learn_parts, load_learned, look_closely, neighbours, new_nets, paste, told
 from semmae.paper import PaperParts, PartTokens, StyleDecoder, alike, learn_paper_parts
 from semmae.parts import make_parts, score_parts
 from semmae.data import ImageSet
@@ -63,6 +63,15 @@ def test_pasting_keeps_the_foreground_and_no_background():
     assert sorted(corner.tolist()) == sorted(images[:, 0, 0, 0].tolist()) and (corner != images[:, 0, 0, 0]).all()
 
 
+def test_what_stood_on_a_background_is_painted_over_with_its_colours():
+    images, front = torch.tensor([40, 160], dtype=torch.uint8)[:, None, None, None].repeat(1, 3, 32, 32), torch.zeros(2, 8, 8, dtype=torch.bool)
+    front[0, 1:7, :3] = front[1, 1:7, 5:] = True
+    up = front[:, None].repeat_interleave(4, 2).repeat_interleave(4, 3).expand_as(images)
+    images[up] = 255
+    out = paste(images, front, generator(0))
+    assert (out[0, :, 8:24, 24:28] == 160).all() and (out[1, :, 8:24, 4:8] == 40).all()
+
+
 class Planted(nn.Module):
     "In place of an encoder: a thing of three parts, one above the other, somewhere in the image. Image k is full of the colour k, its last column of 200 + k"
     def __init__(self):
@@ -97,6 +106,12 @@ def test_planted_parts_are_found(planted):
     assert scores['fg_nmi'] > .8 and scores['fg_iou'] > .9
 
 
+def test_a_mirrored_view_lies_where_the_image_does(planted):
+    encoder, images = planted
+    views = look_closely(images[:30], encoder, pastes=0, share=.3)[3]
+    assert len(views) == 2 and torch.allclose(views[0], views[1], atol=1e-4)
+
+
 def test_two_parts_are_foreground_and_background(planted):
     encoder, images = planted
     maps = learn_parts(images[:30], encoder, n_parts=2, pastes=0, steps=5, share=.3).predict(images[30:])
@@ -118,6 +133,7 @@ def test_learned_parts_come_back_from_their_file_and_from_no_other(planted, tmp_
     (tmp_path/'broken.safetensors').write_bytes((tmp_path/'parts.safetensors').read_bytes()[:-9])
     with pytest.raises(SemmaeError, match='not a whole safetensors file'): load_learned(tmp_path/'broken.safetensors', encoder)
     with pytest.raises(SemmaeError, match='there is no'): load_learned(tmp_path/'none.safetensors', encoder)
+    with pytest.raises(SemmaeError, match='were learned on another encoder'): load_learned(tmp_path/'parts.safetensors', nn.Linear(2, 2))
 
 
 def test_a_profile_may_ask_for_them(planted):

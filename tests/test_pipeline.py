@@ -61,6 +61,7 @@ def test_repro_makes_everything_and_says_how_far_it_is(done):
     assert stages_of(out) == ['exported', *STAGES]
     scores = json.loads((project/'runs/metrics/probe.json').read_text())
     assert scores['split'] == 'test' and 0 < scores['mae']['linear']['class'] < 1
+    assert 'called_iou' in json.loads((project/'runs/metrics/parts.json').read_text())['test'], 'two steps call a foreground'
 
 
 def test_nothing_runs_twice(done):
