@@ -70,9 +70,10 @@ class PaperParts:
         maps = self.maps(whole, patches)
         return maps, (self.decoder(maps, whole)*127.5 + 127.5).round().clamp(0, 255).byte()
 
+    @torch.no_grad()
     def predict(self, images): # (B,C,H,W), bytes
         "Labels (B,h,w)"
-        return torch.cat([self.look(imgs)[0].argmax(1) for imgs in images.split(50)])
+        return torch.cat([self.maps(*heard(self.encoder, imgs, self.block)).argmax(1) for imgs in images.split(50)])
 
 # %% ../nbs/04_paper.ipynb #7d746470
 def learning_parts(images, encoder, n_parts=6, block=None, diversity=1., steps=1000, seed=0, batch=32, lr=2e-3):
@@ -104,6 +105,7 @@ def learn_paper_parts(images, encoder, n_parts=6, block=None,
                       steps=1000, seed=0):
     "Parts learned as the paper does"
     for parts in learning_parts(images, encoder, n_parts, block, diversity, steps, seed): pass
-    held = parts.predict(images).flatten().bincount(minlength=n_parts)/(images.shape[0]*parts.predict(images[:1]).numel())
+    labels = parts.predict(images).flatten()
+    held = labels.bincount(minlength=n_parts)/len(labels)
     check(held.min() > .002 and held.max() < .95, f"the parts have collapsed: one label holds {100*held.min():.1f} % of all cells and one {100*held.max():.1f} %; raise `parts.diversity`, choose a smaller `parts.n_parts`, or give more images")
     return parts

@@ -283,7 +283,7 @@ def test_what_is_called_foreground_is_judged_as_such():
     true = torch.tensor([[[0, 1], [2, 0]]])
     assert called_iou(torch.tensor([[[0, 3], [0, 1]]]), true) == pytest.approx(1/3)
     two = true.repeat(2, 1, 1)
-    assert judge_parts(two, two, 3, calls=True)['called_iou'] == 1 and 'called_iou' not in judge_parts(two, two, 3)
+    assert judge_parts(two, two, 3, with_background=True)['called_iou'] == 1 and 'called_iou' not in judge_parts(two, two, 3)
 
 
 def test_what_users_may_get_wrong_is_one_sentence(tmp_path):
