@@ -53,12 +53,14 @@ def whiten(x, floor=.01):
     return lambda y: (y - mean) @ scale
 
 # %% ../nbs/11_evaluate.ipynb #6cd624d7
-def fit_linear(x, y, # features (N,D) and classes (N,)
-               penalty, steps=200):
+def fit_linear(x, y, # features (N,D); classes (N,), or how much of every class, (N,classes)
+               penalty,
+               start=None, # weights to begin with; None: zeros
+               steps=200):
     "Weights (D+1,classes) of a multinomial regression with an L2 penalty"
     x = F.pad(x, (0, 1), value=1.)
-    w = torch.zeros(x.shape[1], int(y.max()) + 1, device=x.device, requires_grad=True)
-    opt = torch.optim.LBFGS([w], max_iter=steps, line_search_fn='strong_wolfe')
+    w = x.new_zeros(x.shape[1], y.shape[1] if y.ndim == 2 else int(y.max()) + 1) if start is None else start.clone()
+    opt = torch.optim.LBFGS([w.requires_grad_()], max_iter=steps, line_search_fn='strong_wolfe')
     def closure():
         opt.zero_grad()
         loss = F.cross_entropy(x @ w, y) + penalty*w[:-1].square().sum()
@@ -73,10 +75,10 @@ def linear_probe(train, val, test, # features of the three splits, by pooling
     "Predicted test classes, and what was chosen on val"
     best = None
     for pool in train:
-        mean, std = train[pool].mean(0), train[pool].std(0) + 1e-6
+        mean, std, w = train[pool].mean(0), train[pool].std(0) + 1e-6, None
         scale = lambda x: (x - mean)/std
-        for penalty in penalties:
-            w = fit_linear(scale(train[pool]), y_train, penalty)
+        for penalty in sorted(penalties, reverse=True): # each goes on from the one before
+            w = fit_linear(scale(train[pool]), y_train, penalty, w)
             predict = lambda x: (F.pad(scale(x), (0, 1), value=1.) @ w).argmax(1)
             score = accuracy(predict(val[pool]), y_val)
             if best is None or score > best['val']:

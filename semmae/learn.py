@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['tokens', 'standard', 'unlike_border', 'principal', 'ridge', 'paste', 'information', 'neighbours', 'new_nets',
-           'labelled', 'answers', 'told', 'encoder_key', 'Learned', 'load_learned', 'find_foreground', 'views_of',
-           'training_nets', 'refuse_collapse', 'consensus', 'look_closely', 'name_parts', 'learn_parts']
+           'labelled', 'answers', 'told', 'Learned', 'load_learned', 'find_foreground', 'views_of', 'training_nets',
+           'refuse_collapse', 'consensus', 'look_closely', 'name_parts', 'learn_parts']
 
 # %% ../nbs/05_learn.ipynb #51e74d07
-import hashlib, json
+import json
 
 import torch
 from safetensors.torch import save_file
@@ -16,7 +16,7 @@ from sklearn.cluster import KMeans
 from torch.nn import functional as F
 
 from .core import atomic, check, generator
-from .vit import look_at, prepare, read_weights
+from .vit import encoder_key, look_at, prepare, read_weights
 
 # %% ../nbs/05_learn.ipynb #c73a7832
 def tokens(encoder, images, blocks, batch=50):
@@ -101,13 +101,6 @@ def told(nets, one, other, front, shift, across): # views (B,L,dim), (B,h,w)
     met = torch.zeros(len(p), len(front), p.shape[2]**2, device=p.device).index_add(1, b, (p[..., None]*q[..., None, :]).flatten(2))
     met = met.unflatten(2, (p.shape[2], -1))                                    # (nets,B,labels,labels)
     return across*information(met.sum(1)) + (1 - across)*information(met[:, b.unique()]).mean(1)
-
-# %% ../nbs/05_learn.ipynb #5cc31e89
-def encoder_key(encoder):
-    "What tells an encoder from others"
-    h = hashlib.blake2b(digest_size=16)
-    for k, v in sorted(encoder.state_dict().items()): h.update(k.encode() + v.detach().float().cpu().contiguous().numpy().tobytes())
-    return h.hexdigest()
 
 # %% ../nbs/05_learn.ipynb #b64a4a1c
 class Learned:

@@ -22,16 +22,17 @@ def heard(encoder, images, block=None, batch=50):
 
 # %% ../nbs/04_paper.ipynb #07257101
 class PartTokens(nn.Module):
-    "Maps (B,N,h,w) from class tokens and patch tokens: how much a cell belongs to every part"
+    "Maps (B,N,h,w) from class tokens and patch tokens: how much a part looks at a cell, 1 on average"
     def __init__(self, dim, n_parts):
         super().__init__()
         self.embed = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, n_parts*dim), nn.Unflatten(1, (n_parts, dim)))
         self.scale = nn.Parameter(torch.tensor(10.))
 
     def forward(self, whole, patches): # (B,D), (B,h,w,D)
-        tokens = F.normalize(self.embed(whole), dim=2)                                  # (B,N,D)
+        tokens, (h, w) = F.normalize(self.embed(whole), dim=2), patches.shape[1:3]      # (B,N,D)
         near = torch.einsum('bnd,bhwd->bnhw', tokens, F.normalize(patches, dim=3))
-        return F.avg_pool2d(F.pad((self.scale*near).softmax(1), (1,)*4, mode='replicate'), 3, 1)
+        maps = h*w*(self.scale*near).flatten(2).softmax(2).unflatten(2, (h, w))
+        return F.avg_pool2d(F.pad(maps, (1,)*4, mode='replicate'), 3, 1)
 
 # %% ../nbs/04_paper.ipynb #07a3f07d
 class StyleDecoder(nn.Module):
@@ -76,13 +77,13 @@ class PaperParts:
         return torch.cat([self.maps(*heard(self.encoder, imgs, self.block)).argmax(1) for imgs in images.split(50)])
 
 # %% ../nbs/04_paper.ipynb #7d746470
-def learning_parts(images, encoder, n_parts=6, block=None, diversity=1., steps=1000, seed=0, batch=32, lr=2e-3):
+def learning_parts(images, encoder, n_parts=6, block=None, diversity=1., steps=400, seed=0, batch=32, lr=2e-3):
     "The paper's parts after every step of learning them"
     gen = generator(seed, 'paper')
     whole, patches = heard(encoder, images, block)
     (h, w), dim = patches.shape[1:3], whole.shape[1]
     check(type(n_parts) is int and 1 < n_parts <= min(h*w, 256), f"`parts.n_parts` is {n_parts!r}: choose a number from 2 to the {h*w} cells that the encoder sees of an image (at most 256), or raise `teacher.image`")
-    doublings = max(k for k in range(4) if k == 0 or h*2**k <= images.shape[2])
+    doublings = max(k for k in range(3) if k == 0 or h*2**k <= images.shape[2])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**40, (), generator=gen)))
         parts = PaperParts(encoder, block, PartTokens(dim, n_parts).to(images.device), StyleDecoder(n_parts, dim, images.shape[1], doublings).to(images.device))
@@ -102,7 +103,7 @@ def learning_parts(images, encoder, n_parts=6, block=None, diversity=1., steps=1
 
 def learn_paper_parts(images, encoder, n_parts=6, block=None,
                       diversity=1., # weight of the loss that keeps maps apart
-                      steps=1000, seed=0):
+                      steps=400, seed=0):
     "Parts learned as the paper does"
     for parts in learning_parts(images, encoder, n_parts, block, diversity, steps, seed): pass
     labels = parts.predict(images).flatten()

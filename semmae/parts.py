@@ -6,7 +6,8 @@
 __all__ = ['SOURCES', 'options_of', 'LEARN', 'OPTIONS', 'WITH_BACKGROUND', 'FIT', 'agreement', 'counts', 'matching',
            'matched_iou', 'foreground_iou', 'called_iou', 'score_parts', 'control', 'score_keypoints', 'read_cub',
            'looks', 'cells', 'k_means', 'nearest', 'Heads', 'Clusters', 'TwoLevel', 'Grid', 'Looking', 'used',
-           'open_parts', 'regions', 'closest', 'rename', 'make_parts', 'judge_parts', 'parts_stage', 'few_maps']
+           'open_parts', 'regions', 'closest', 'rename', 'make_parts', 'judge_parts', 'parts_stage', 'few_maps',
+           'hardest']
 
 # %% ../nbs/06_parts.ipynb #0fcfc7a4
 import inspect
@@ -299,15 +300,20 @@ def parts_stage(root, profile=None):
     scores = {k: judge_parts(read_maps(out, k, d.images), d.parts, options.get('n_parts'), source in WITH_BACKGROUND) for k, d in splits.items() if k != 'train'}
     write_json(Path(root)/'runs/metrics/parts.json', dict(source=source, seed=cfg['seed'], **scores))
 
-def few_maps(root, cfg, n=8):
+def few_maps(root, cfg, n=300):
     "Some test images, and by name: their true parts, where they have any, their maps in runs/parts and, beside learned ones, what heads and k-means see through the same teacher"
     train, test = load_images(**cfg['data'], splits=['train', 'test'], root=root)
     source, options = cfg['parts']['source'], {k: v for k, v in cfg['parts'].items() if k != 'source'}
-    few = lambda d, n: d.images[torch.arange(min(n, len(d)))]
-    maps = {source: read_maps(Path(root)/'runs/parts', 'test', test.images)[:300]}
+    few = lambda d: d.images[torch.arange(min(n, len(d)))]
+    maps = {source: read_maps(Path(root)/'runs/parts', 'test', test.images)[:n]}
     if source in LEARN:
         encoder = load_encoder(Path(root)/'runs/teacher/encoder.safetensors')
-        beside = lambda name, **kw: open_parts(name, encoder, few(train, 300), cfg['seed'], **kw).predict(few(test, 300))
+        beside = lambda name, **kw: open_parts(name, encoder, few(train), cfg['seed'], **kw).predict(few(test))
         maps = dict(heads=beside('heads'), k_means=beside('k_means', **options)) | maps  # heads look at most parts at the last block
-    if test.parts is None: return few(test, n), {k: m[:n] for k, m in maps.items()}
-    return few(test, n), {'true parts': test.parts[:n]} | {k: rename(m, test.parts[:300])[:n] for k, m in maps.items()}
+    if test.parts is None: return few(test), maps
+    return few(test), {'true parts': test.parts[:n]} | {k: rename(m, test.parts[:n]) for k, m in maps.items()}
+
+def hardest(maps, true): # (N,h,w) both
+    "Images in order of what their maps tell of their true parts, least first"
+    told = [score_parts(m[None], t[None])['nmi'] if len(t.unique()) > 1 else 1. for m, t in zip(maps, true)]
+    return torch.tensor(told).argsort()

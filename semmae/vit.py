@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['sincos', 'init_mae', 'plain', 'make_encoder', 'encoder_of', 'remember', 'pixels_of', 'gather', 'encode', 'autocast',
-           'prepare', 'save_encoder', 'read_weights', 'load_encoder', 'open_encoder', 'tells_of_itself', 'check_image',
-           'resize', 'download', 'fill', 'Seen', 'look_at', 'look', 'received']
+           'prepare', 'save_encoder', 'read_weights', 'load_encoder', 'encoder_key', 'open_encoder', 'tells_of_itself',
+           'check_image', 'resize', 'download', 'fill', 'Seen', 'look_at', 'look', 'received']
 
 # %% ../nbs/02_vit.ipynb #5edaea0a
-import json
+import hashlib, json
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -143,6 +143,12 @@ def load_encoder(path):
         vit.load_state_dict(state)
     except (ValueError, TypeError, RuntimeError) as e: raise SemmaeError(f"{path} does not hold the encoder that it says ({' '.join(str(e).split())[:200]}): make it again") from e
     return vit
+
+def encoder_key(vit):
+    "What tells an encoder from others: a hash of its weights"
+    h = hashlib.blake2b(digest_size=16)
+    for k, v in sorted(vit.state_dict().items()): h.update(k.encode() + v.detach().float().cpu().contiguous().numpy().tobytes())
+    return h.hexdigest()
 
 # %% ../nbs/02_vit.ipynb #1051de4d
 def open_encoder(name=None,        # of a VisionTransformer of timm's; None: what `weights` says of itself

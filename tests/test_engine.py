@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, environment, wait_for
-from worker import IMAGES, MAPS, cramped, starved, work
+from worker import IMAGES, MAPS, cramped, starved, tune, work
 
 from semmae.core import SemmaeError, read_json
 from semmae.pretrain import MODULES, main
@@ -68,6 +68,13 @@ def test_processes_and_turns_give_what_one_gives(exact, tmp_path, n, options):
     done = torchrun(tmp_path, n, float32=True, **options)
     assert done.returncode == 0, done.stderr
     same(tmp_path, exact, 1e-4)
+
+
+def test_processes_learn_from_labels_what_one_learns(tmp_path):
+    alone(tmp_path/'one', tune, float32=True).join()
+    done = torchrun(tmp_path/'two', 2, what='tune', float32=True)
+    assert done.returncode == 0, done.stderr
+    same(tmp_path/'two', tmp_path/'one', 1e-4)
 
 
 @pytest.fixture(scope='module')

@@ -13,7 +13,7 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from semmae.core import SemmaeError, generator
 from semmae.data import ImageSet, load_images, read_maps, whole_parts, write_maps
-from semmae.parts import called_iou, closest, control, few_maps, foreground_iou, judge_parts, make_parts, matched_iou, open_parts, read_cub, regions, score_keypoints, score_parts
+from semmae.parts import called_iou, closest, control, few_maps, foreground_iou, hardest, judge_parts, make_parts, matched_iou, open_parts, read_cub, regions, score_keypoints, score_parts
 from semmae.vit import Seen, make_encoder, save_encoder
 
 ROOT = Path(__file__).parent.parent
@@ -274,9 +274,17 @@ def test_heads_and_k_means_stand_beside_learned_maps(tmp_path):
     write_maps(tmp_path/'runs/parts', {k: d.parts for k, d in splits.items()}, {k: d.images for k, d in splits.items()})
     save_encoder(make_encoder(image=(64, 64), patch_size=8, embed_dim=32, depth=2, num_heads=2), tmp_path/'runs/teacher/encoder.safetensors')
     images, maps = few_maps(tmp_path, dict(data=data, seed=0, parts=dict(source='learned', n_parts=3, block=1)))
-    assert list(maps) == ['true parts', 'heads', 'k_means', 'learned'] and {len(m) for m in maps.values()} == {len(images)} == {8}
-    assert torch.equal(maps['learned'], maps['true parts']) and maps['k_means'].shape == (8, 8, 8)
+    assert list(maps) == ['true parts', 'heads', 'k_means', 'learned'] and {len(m) for m in maps.values()} == {len(images)} == {20}
+    assert torch.equal(maps['learned'], maps['true parts']) and maps['k_means'].shape == (20, 8, 8)
     assert list(few_maps(tmp_path, dict(data=data, seed=0, parts=dict(source='two_level', n_parts=3)))[1]) == ['true parts', 'two_level']
+
+
+def test_the_hardest_images_are_those_whose_maps_tell_nothing():
+    true = torch.tensor([[0, 0], [1, 2]]).repeat(3, 1, 1)
+    maps = torch.stack([true[0], torch.zeros(2, 2, dtype=torch.long), torch.tensor([[0, 1], [1, 1]])])
+    assert hardest(maps, true).tolist() == [1, 2, 0]
+    true[1] = 1  # one part alone: nothing to tell
+    assert hardest(maps, true)[0] == 2
 
 
 def test_what_is_called_foreground_is_judged_as_such():

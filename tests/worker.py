@@ -11,7 +11,7 @@ from PIL import Image
 from semmae.core import SemmaeError, generator, write_json
 from semmae.data import Source, Stream
 from semmae.mae import MAE
-from semmae import pretrain as pretraining, teacher
+from semmae import finetune as tuning, pretrain as pretraining, teacher
 from semmae.teacher import distil
 from semmae.pretrain import pretrain
 from semmae.train import join, world
@@ -27,7 +27,7 @@ class Stop(Exception): "The run ends here, as if it had been killed"
 
 def setting(folder, stop_after, float32):
     "A process of its own kind, alone or among others: where its state goes, and a log that ends it"
-    if float32: pretraining.autocast = teacher.autocast = lambda device: nullcontext()  # bfloat16 would hide the order of sums in its rounding
+    if float32: pretraining.autocast = tuning.autocast = teacher.autocast = lambda device: nullcontext()  # bfloat16 would hide the order of sums in its rounding
     torch.set_num_threads(1)
     join(torch.device('cpu'))
     lines = []
@@ -60,6 +60,14 @@ def teach(folder, stop_after=None, float32=False, **options):
     encoder = make_encoder(image=(24, 24), patch_size=8, embed_dim=32, depth=1, num_heads=2)
     try: keep(folder, encoder, distil(encoder, IMAGES, **here | dict(epochs=4, batch=16, lr=2e-3, warmup_epochs=4, n_words=16, n_small=1) | options)[1:])
     except Stop: pass
+
+
+def tune(folder, stop_after=None, float32=False):
+    "The same with labels: the part of every cell"
+    folder = Path(folder)
+    here = setting(folder, stop_after, float32)
+    encoder = make_encoder(image=(32, 32), patch_size=8, embed_dim=32, depth=2, num_heads=2)
+    keep(folder, *tuning.segment(encoder, IMAGES, MAPS, epochs=3, batch=16, lr=1e-2, warmup_epochs=1, drop_path=0, **here))
 
 
 def cramped(folder, size):
