@@ -70,7 +70,7 @@ def test_nothing_runs_twice(done):
 
 def test_report_is_one_page(done):
     page = (done[0]/'runs/report/index.html').read_text()
-    assert page.count('<img src="data:image/png;base64,') == 3 and 'FG-NMI' in page and 'http' not in page
+    assert page.count('<img src="data:image/png;base64,') == 4 and 'FG-NMI' in page and 'http' not in page
     assert 'smoke run' in page and 'linear probe' in page
 
 
