@@ -59,28 +59,33 @@ class Labelled(Shuffled):
 # %% ../nbs/12_finetune.ipynb #e5314fca
 MODULES = 'core', 'data', 'vit', 'train', 'finetune'
 
-def learn_labels(model, batches,
+def learn_labels(encoder, images, targets, n_out, pool,
                  loss,      # (answers of the model, targets) -> a number
                  mix,       # (imgs, targets, step) -> what the step learns from
                  of,        # the block of params.yaml that errors point to
-                 lr, warmup_epochs, weight_decay, layer_decay, state, log):
-    "Train `model` in place; rows of epoch, step, loss, lr"
-    ranks, epochs = world()[1], batches.steps//batches.per_epoch
+                 checkpoint, log, *, epochs, batch, lr, warmup_epochs, weight_decay, layer_decay, drop_path, crop_scale, seed,
+                 **others): # what else tells runs apart
+    "The encoder with a head, both learned; rows of epoch, step, loss, lr"
+    params = {k: v for k, v in locals().items() if k not in ('encoder', 'images', 'targets', 'loss', 'mix', 'checkpoint', 'log')}
+    ranks = world()[1]
     check_schedule(of, epochs, lr=lr, warmup_epochs=warmup_epochs, weight_decay=weight_decay, layer_decay=layer_decay)
-    with enough_memory(batches.batch, of): prepare(model, batches.images.device).train()
+    model = with_head(encoder, n_out, pool, drop_path)
+    batches = Labelled(images, targets, n_out, model, epochs, batch, crop_scale, seed, of)
+    with enough_memory(batch, of): prepare(model, images.device).train()
     opt = make_optimizer(model, 'adamw', lr=lr, weight_decay=weight_decay, layer_decay=layer_decay)
-    rate = lambda step: lr_at(step, batches.steps, warmup_epochs*batches.per_epoch, lr*batches.batch/256)
+    rate = lambda step: lr_at(step, batches.steps, warmup_epochs*batches.per_epoch, lr*batch/256)
     whole = DistributedDataParallel(model) if ranks > 1 else model
     def learn(step):
         for group in opt.param_groups: group['lr'] = rate(step)*group['lr_scale']
-        imgs, targets = mix(*batches.at(step), step)
+        imgs, now = mix(*batches.at(step), step)
         with autocast(imgs.device): out = whole(imgs)
-        value = loss(out.float(), targets)*len(imgs)/batches.batch
+        value = loss(out.float(), now)*len(imgs)/batch
         (value*ranks).backward()  # the processes' gradients are averaged
         opt.step(); opt.zero_grad()
         return value.detach()
-    state = state and Checkpoint(*state, model=model, opt=opt)
-    return run_epochs(learn, model, epochs, batches.per_epoch, batches.batch, of, state, lambda epoch: dict(lr=rate(epoch*batches.per_epoch - 1)), log)
+    key = checkpoint and run_key(MODULES, images, targets, encoder=(encoder_key(encoder), encoder.recipe), **params)
+    state = checkpoint and Checkpoint(checkpoint, key, model=model, opt=opt)
+    return model, run_epochs(learn, model, epochs, batches.per_epoch, batch, of, state, lambda epoch: dict(lr=rate(epoch*batches.per_epoch - 1)), log)
 
 # %% ../nbs/12_finetune.ipynb #7ae0c91f
 def mixing(n_classes, mixup, cutmix, smoothing, erase, seed, device):
@@ -93,6 +98,7 @@ def mixing(n_classes, mixup, cutmix, smoothing, erase, seed, device):
         return blend(blot(imgs), classes)
     return mix
 
+# %% ../nbs/12_finetune.ipynb #0e691d01
 def finetune(encoder, images,        # (N,C,H,W) uint8 or a Stream, on the device that trains
              classes,                # (N,)
              n_classes=None,         # None: as many as `classes` holds
@@ -104,15 +110,13 @@ def finetune(encoder, images,        # (N,C,H,W) uint8 or a Stream, on the devic
              checkpoint=None,        # a file to go on from
              log=print):
     "The encoder with a classifier, both learned; rows of epoch, step, loss, lr"
-    params = {k: v for k, v in locals().items() if k not in ('encoder', 'images', 'classes', 'checkpoint', 'log')}
+    params = {k: v for k, v in locals().items() if k not in ('encoder', 'images', 'classes', 'n_classes', 'pool', 'checkpoint', 'log')}
     check(batch % (2*world()[1]) == 0, f"a batch of {batch} cannot be mixed in pairs: choose an even number of images for every process for `finetune.batch`")
     n_classes = n_classes or int(classes.max()) + 1
-    model = with_head(encoder, n_classes, pool, drop_path)
-    batches = Labelled(images, classes, n_classes, model, epochs, batch, crop_scale, seed, 'finetune')
-    state = checkpoint and (checkpoint, run_key(MODULES, images, classes, encoder=encoder_key(encoder), **params))
     mix = mixing(n_classes, mixup, cutmix, smoothing, erase, seed, images.device)
-    return model, learn_labels(model, batches, F.cross_entropy, mix, 'finetune', lr, warmup_epochs, weight_decay, layer_decay, state, log)
+    return learn_labels(encoder, images, classes, n_classes, pool, F.cross_entropy, mix, 'finetune', checkpoint, log, **params)
 
+# %% ../nbs/12_finetune.ipynb #8bd49d4a
 @torch.no_grad()
 def outputs(model, images, batch=250):
     "What a model with a head says of whole images, batch by batch"
@@ -141,18 +145,16 @@ def part_iou(pred, true, n_parts): # (N,h,w) both
     both = met.diag()
     return both/(met.sum(0) + met.sum(1) - both)
 
+# %% ../nbs/12_finetune.ipynb #29fa36ef
 def segment(encoder, images, parts,  # (N,h,w)
             n_parts=None,            # None: as many as `parts` holds
             epochs=100, batch=256, lr=5e-4, warmup_epochs=5, weight_decay=.05, layer_decay=.65, drop_path=.1, crop_scale=(.2, 1.),
             seed=0, checkpoint=None, log=print):
     "The encoder with a head at every patch, both learned; rows of epoch, step, loss, lr"
-    params = {k: v for k, v in locals().items() if k not in ('encoder', 'images', 'parts', 'checkpoint', 'log')}
+    params = {k: v for k, v in locals().items() if k not in ('encoder', 'images', 'parts', 'n_parts', 'checkpoint', 'log')}
     n_parts = n_parts or int(parts.max()) + 1
-    model = with_head(encoder, n_parts, '', drop_path)
-    batches = Labelled(images, parts, n_parts, model, epochs, batch, crop_scale, seed, 'segment')
-    state = checkpoint and (checkpoint, run_key(MODULES, images, parts, encoder=encoder_key(encoder), **params))
-    loss = lambda out, maps: F.cross_entropy(at_cells(model, out, maps.shape[1:]), maps)
-    return model, learn_labels(model, batches, loss, lambda imgs, maps, step: (imgs, maps), 'segment', lr, warmup_epochs, weight_decay, layer_decay, state, log)
+    loss = lambda out, maps: F.cross_entropy(at_cells(encoder, out, maps.shape[1:]), maps)
+    return learn_labels(encoder, images, parts, n_parts, '', loss, lambda imgs, maps, step: (imgs, maps), 'segment', checkpoint, log, **params)
 
 # %% ../nbs/12_finetune.ipynb #9a3c2752
 def linear_head(encoder, train, val, # ImageSets with parts
