@@ -25,9 +25,10 @@ def check(ok, message):
 class _Loader(yaml.SafeLoader): "YAML that reads 1e-3 as a number, as DVC does"
 _Loader.add_implicit_resolver('tag:yaml.org,2002:float', re.compile(r'[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$'), list('-+.0123456789'))
 
-def read_params(path,          # params.yaml
-                profile=None): # a block under `profiles:`; None: the one that `profile:` names
-    "One profile of a params.yaml as a dict"
+def read_params(path,           # params.yaml
+                profile=None,   # a block under `profiles:`; None: the one that `profile:` names
+                ablation=None): # a block under `ablations:`, which says what is changed
+    "One profile of a params.yaml as a dict, and what an ablation makes of it"
     path = Path(path).resolve()
     check(path.is_file(), f"{path} is missing: run from the project's folder")
     try: params = yaml.load(path.read_text(), _Loader)
@@ -36,7 +37,15 @@ def read_params(path,          # params.yaml
     profile = profile or params.get('profile')
     known = ', '.join(params['profiles'])
     check(params['profiles'].get(profile), f"{path} has no profile {profile!r}: set `profile` to one of {known}")
-    return dict(params['profiles'][profile], profile=profile)
+    cfg = dict(params['profiles'][profile], profile=profile, ablate=params.get('ablate') or [])
+    if ablation is None: return cfg
+    known = params.get('ablations') or {}
+    check(isinstance(known.get(ablation), dict), f"{path} has no ablation {ablation!r}: add it, or choose one of {', '.join(known)}")
+    for block, value in known[ablation].items():
+        check(block in cfg, f"the ablation {ablation!r} changes `{block}`, which the profile {profile!r} does not have: correct it")
+        whole = block in ('teacher', 'parts') or not isinstance(value, dict)
+        cfg[block] = value if whole else cfg[block] | value
+    return cfg
 
 # %% ../nbs/00_core.ipynb #3f7f5465
 class Generator(torch.Generator):

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['MODULES', 'with_head', 'Labelled', 'learn_labels', 'mixing', 'finetune', 'outputs', 'classified', 'at_cells',
-           'segmented', 'part_iou', 'segment', 'linear_head', 'few_labels']
+           'segmented', 'part_iou', 'segment', 'linear_head', 'contenders', 'about', 'finetune_stage', 'segment_stage']
 
 # %% ../nbs/12_finetune.ipynb #395d2751
 import random
+from pathlib import Path
 
 import numpy as np, torch
 from timm.data.mixup import Mixup
@@ -16,11 +17,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from .core import check, generator
-from .data import ImageSet, crop, crop_parts, normalize, random_boxes, random_flips
-from .evaluate import features, fit_linear
+from .core import atomic, best_device, check, file_hash, generator, read_params, write_json
+from .data import ImageSet, crop, crop_parts, load_images, normalize, random_boxes, random_flips
+from .evaluate import accuracy, features, few_labels, fit_linear
 from .train import Checkpoint, Shuffled, check_scale, check_schedule, enough_memory, lr_at, make_optimizer, run_epochs, run_key, world
-from .vit import autocast, encoder_key, pixels_of, plain, prepare, remember
+from .vit import autocast, encoder_key, load_encoder, make_encoder, pixels_of, plain, prepare, remember, save_encoder
 
 # %% ../nbs/12_finetune.ipynb #b25c97de
 def with_head(encoder, n_out,
@@ -175,15 +176,53 @@ def linear_head(encoder, train, val, # ImageSets with parts
         if found > best[0]: best = found, model
     return best[1]
 
-# %% ../nbs/12_finetune.ipynb #2436e468
-def few_labels(classes, # (N,)
-               share, seed=0, names=None):
-    "Which images keep their labels, the same share of every class"
-    order = torch.randperm(len(classes), generator=generator(seed, 'few labels', share)).to(classes.device)
-    out = []
-    for c in range(int(classes.max()) + 1):
-        own = order[classes[order] == c]
-        n = round(share*len(own))
-        check(n > 0, f"class {names[c] if names else c} has {len(own)} images, of which {share:.0%} is none: raise the share of labels, or give more images")
-        out.append(own[:n])
-    return torch.cat(out).sort().values
+# %% ../nbs/12_finetune.ipynb #35a40d2b
+def contenders(root, cfg):
+    "Encoders to compare, and the hashes of their files, by name"
+    files = {k: Path(root)/f'runs/{folder}/encoder.safetensors' for k, folder in dict(mae='pretrain', random='ablate/random').items()}
+    if 'random' not in cfg['ablate']: del files['random']
+    found = {k: load_encoder(f) for k, f in files.items()}
+    return found | dict(scratch=make_encoder(**found['mae'].recipe, seed=cfg['seed'])), {k: file_hash(f) for k, f in files.items()}
+
+def about(cfg, test, labelled, hashes): return dict(split='test', images=len(test), labelled=labelled, seed=cfg['seed'], checkpoints=hashes)
+
+def finetune_stage(root, profile=None):
+    "Fine-tune on the classes of some training images as a profile of params.yaml says, results in runs/finetune"
+    cfg, out = read_params(f'{root}/params.yaml', profile), Path(root)/'runs/finetune'
+    out.mkdir(parents=True, exist_ok=True)
+    train, test = (d.to(best_device()) for d in load_images(**cfg['data'], splits=['train', 'test'], root=root))
+    if not train.targets: return write_json(f'{root}/runs/metrics/finetune.json', {})
+    options, names = dict(cfg['finetune']), train.classes['class']
+    ids = few_labels(train.targets['class'], options.pop('labels') or 1, cfg['seed'], names)
+    encoders, hashes = contenders(root, cfg)
+    rows, said = {}, dict(names=names, true=test.targets['class'].tolist())
+    for name, encoder in encoders.items():
+        print(name)
+        model, history = finetune(encoder, train.images[ids], train.targets['class'][ids], len(names), **options, seed=cfg['seed'], checkpoint=Path(root)/f'runs/unfinished/finetune.{name}.pt')
+        pred = classified(model, test.images)
+        rows[name], said[name] = dict(accuracy=accuracy(pred, test.targets['class']), loss=history[-1]['loss']), pred.tolist()
+        save_encoder(model, out/f'{name}.safetensors')
+    write_json(out/'said.json', said)
+    write_json(f'{root}/runs/metrics/finetune.json', about(cfg, test, len(ids), hashes) | rows)
+
+def segment_stage(root, profile=None):
+    "Learn the true parts of some training images, frozen and fine-tuned, as a profile of params.yaml says, results in runs/segment"
+    cfg, out = read_params(f'{root}/params.yaml', profile), Path(root)/'runs/segment'
+    out.mkdir(parents=True, exist_ok=True)
+    train, val, test = (d.to(best_device()) for d in load_images(**cfg['data'], root=root))
+    if train.parts is None: return write_json(f'{root}/runs/metrics/segment.json', {})
+    options, size, n_parts = dict(cfg['segment']), test.parts.shape[1:], int(train.parts.max()) + 1
+    n = max(1, round((options.pop('labels') or 1)*len(train)))
+    ids = torch.randperm(len(train), generator=generator(cfg['seed'], 'segment'))[:n].to(train.images.device)
+    some = ImageSet(train.images[ids], parts=train.parts[ids])
+    encoders, hashes = contenders(root, cfg)
+    rows, maps = {}, {}
+    for name, encoder in encoders.items():
+        print(name)
+        model, _ = segment(encoder, some.images, some.parts, n_parts, **options, seed=cfg['seed'], checkpoint=Path(root)/f'runs/unfinished/segment.{name}.pt')
+        found = dict(frozen=segmented(linear_head(encoder, some, val, n_parts, seed=cfg['seed']), test.images, size), tuned=segmented(model, test.images, size))
+        rows[name] = {k: part_iou(m, test.parts, n_parts).nanmean().item() for k, m in found.items()}
+        maps |= {f'{name} {k}': m[:8].byte().cpu().numpy() for k, m in found.items()}
+        save_encoder(model, out/f'{name}.safetensors')
+    with atomic(out/'maps.npz') as tmp, open(tmp, 'wb') as f: np.savez_compressed(f, **maps)
+    write_json(f'{root}/runs/metrics/segment.json', about(cfg, test, n, hashes) | rows)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GREY', 'OPENED', 'TRAINED', 'random_colours', 'view', 'place', 'random_blocks', 'Standard', 'Head', 'everywhere',
            'balance', 'cross', 'Told', 'Distiller', 'shared', 'check_bits', 'Views', 'check_distil', 'rise', 'distil',
-           'val_knn', 'check_teacher', 'teacher_stage', 'main', 'plot_history']
+           'val_knn', 'check_teacher', 'open_teacher', 'teacher_stage', 'main', 'plot_history']
 
 # %% ../nbs/03_teacher.ipynb #d5778e1d
 import copy, inspect, math
@@ -287,6 +287,10 @@ def check_teacher(options):
     check('epochs' not in options or isinstance(options.get('encoder'), dict), "`teacher.encoder` does not say what is trained: write {patch_size: 8, embed_dim: 128, …}")
 
 # %% ../nbs/03_teacher.ipynb #c0ddad91
+def open_teacher(options, root):
+    "The encoder that a profile names; a file of weights lies in the project's folder or anywhere"
+    return open_encoder(**options | ({'weights': Path(root)/Path(options['weights']).expanduser()} if options.get('weights') else {}))
+
 def teacher_stage(root, profile=None):
     "Open or train the encoder that a profile of params.yaml describes, results in runs/teacher"
     cfg, out, metrics = read_params(f'{root}/params.yaml', profile), Path(root)/'runs/teacher', Path(root)/'runs/metrics/teacher.json'
@@ -304,11 +308,11 @@ def teacher_stage(root, profile=None):
         check_image(image, encoder.patch_embed.patch_size[0])
         history = distil(encoder, splits[0].images, **how, seed=cfg['seed'], judge=val_knn(*splits[:2]), checkpoint=Path(root)/'runs/unfinished/teacher.pt')
         resize(encoder, image)
-    else: encoder = open_encoder(**options | ({'weights': Path(root)/Path(options['weights']).expanduser()} if options.get('weights') else {}))
+    else: encoder = open_teacher(options, root)
     if world()[0] > 0: return
     save_encoder(encoder, out/'encoder.safetensors')
     if history: write_csv(out/'history.csv', history)
-    scores = compare('teacher', encoder.to(device), splits, cfg['seed'])
+    scores = compare({'teacher': encoder.to(device)}, splits)
     write_json(metrics, dict(split='test', images=len(splits[2]), seed=cfg['seed'], checkpoint=file_hash(out/'encoder.safetensors'), **scores))
 
 def main():

@@ -5,7 +5,8 @@ from torch.nn import functional as F
 
 from semmae.core import SemmaeError, generator
 from semmae.data import ImageSet
-from semmae.finetune import Labelled, at_cells, few_labels, finetune, linear_head, mixing, outputs, part_iou, segment, segmented, with_head
+from semmae.evaluate import few_labels
+from semmae.finetune import Labelled, at_cells, finetune, linear_head, mixing, outputs, part_iou, segment, segmented, with_head
 from semmae.vit import encode, make_encoder, pixels_of
 
 silent = lambda line: None
