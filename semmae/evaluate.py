@@ -108,7 +108,7 @@ def few_labels(classes, # (N,)
     for c in range(int(classes.max()) + 1):
         own = order[classes[order] == c]
         n = round(share*len(own))
-        check(n > 0, f"class {names[c] if names else c} has {len(own)} images, of which {share:.0%} is none: raise the share of labels, or give more images")
+        check(n > 0, f"class {names[c] if names else c} has {len(own)} images, of which {100*share:g} % is none: raise the share of labels, or give more images")
         out.append(own[:n])
     return torch.cat(out).sort().values
 
@@ -131,7 +131,7 @@ def score(train, val, test, # features by pooling
         y = targets[0]['class']
         ids = few_labels(y, share, seed)
         few = {k: x[ids] for k, x in train.items()}
-        out[f'linear_{share:.0%}'] = {'class': accuracy(linear_probe(few, val, test, y[ids], targets[1]['class'])[0], targets[2]['class'])}
+        out[f'linear_{100*share:g}%'] = {'class': accuracy(linear_probe(few, val, test, y[ids], targets[1]['class'])[0], targets[2]['class'])}
     return out
 
 # %% ../nbs/11_evaluate.ipynb #3a93c080

@@ -119,7 +119,7 @@ def test_few_labels_are_the_same_share_of_every_class():
     classes = torch.tensor([0]*40 + [1]*20 + [2]*60)
     ids = few_labels(classes, .1)
     assert classes[ids].bincount().tolist() == [4, 2, 6] and torch.equal(ids, few_labels(classes, .1)) and not torch.equal(ids, few_labels(classes, .1, seed=1))
-    with pytest.raises(SemmaeError, match='class dog has 20 images, of which 2% is none: raise the share'): few_labels(classes, .02, names=['cat', 'dog', 'owl'])
+    with pytest.raises(SemmaeError, match='class dog has 20 images, of which 2 % is none: raise the share'): few_labels(classes, .02, names=['cat', 'dog', 'owl'])
 
 
 @pytest.mark.parametrize('change, says', [

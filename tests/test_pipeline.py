@@ -66,13 +66,28 @@ def test_repro_makes_everything_and_says_how_far_it_is(done):
     assert 'called_iou' in json.loads((project/'runs/metrics/parts.json').read_text())['test'], 'two steps call a foreground'
 
 
+def test_every_score_says_what_it_was_measured_on(done):
+    metrics = done[0]/'runs/metrics'
+    found = {f: json.loads(f.read_text()) for f in [*metrics.glob('ablate/*.json'), *(metrics/f'{k}.json' for k in ('teacher', 'probe', 'finetune', 'segment'))]}
+    assert len(found) == 4 + len(ABLATIONS)
+    for f, scores in found.items(): assert scores['split'] == 'test' and scores['images'] == 280 and scores['seed'] == 0 and ('checkpoint' in scores or scores['checkpoints'].keys() == {'mae', 'random'}), f
+    assert all(0 < found[metrics/'finetune.json'][k]['accuracy'] < 1 and 0 < found[metrics/'segment.json'][k]['frozen'] < 1 for k in ('mae', 'random', 'scratch'))
+
+
+def test_an_ablation_without_what_it_needs_is_left_out(done):
+    project, _ = done
+    set_param(project, "parts: {source: two_level, n_parts: 4, share: 0.35}", "parts: {source: none}")
+    sh(project, 'semmae-stage ablate smoke inter')
+    assert json.loads((project/'runs/metrics/ablate/inter.json').read_text()) == dict(skipped='its masking looks at parts and the profile has none')
+
+
 def test_nothing_runs_twice(done):
     assert 'up to date' in sh(done[0], 'dvc repro').stdout
 
 
 def test_report_is_one_page(done):
     page = (done[0]/'runs/report/index.html').read_text()
-    assert page.count('<img src="data:image/png;base64,') == 4 and 'FG-NMI' in page and 'http' not in page
+    assert page.count('<img src="data:image/png;base64,') == 7 and 'FG-NMI' in page and 'http' not in page
     assert 'smoke run' in page and 'linear probe' in page
 
 
@@ -126,6 +141,7 @@ def test_forgotten_export(done):
     ('source: two_level', 'source: two_levels', "parts: there is no source of parts 'two_levels': set `parts.source` to none, given, a folder of maps, or one of grid, heads"),
     ('n_words: 64', 'n_wrds: 64', "teacher: `teacher` has no parameter 'n_wrds' where it is trained: it has"),
     ('lr: 1.0e-3', 'lr: 1.0e+9', r'pretrain: the loss became nan at step'),
+    ('labels: [0.2]', 'labels: [0.001]', 'pretrain: class cat-phones has 28 images, of which 0.1 % is none: raise the share of labels'),
     ('source: data', 'source: nowhere', 'there is no'),
 ])
 def test_a_mistake_is_one_sentence(done, old, new, says):
