@@ -35,18 +35,20 @@ def guide_of(cfg, base, train, # an ImageSet
     if looks_at is None: return None
     encoder = teacher_of(cfg, base, root)
     if looks_at == 'scores':
-        check(encoder, "this masking looks at a teacher's attention and there is no teacher: set `teacher`")
         return torch.cat([seen.attention.mean(1) for seen, in looks(encoder, train.images, [None])])
-    if cfg['teacher'] == base['teacher'] and cfg['parts'] == base['parts']: return read_maps(f'{root}/runs/parts', 'train', train.images).to(train.images.device)
-    maps = make_parts(dict(train=train), encoder=encoder, root=root, seed=cfg['seed'], **cfg['parts'])['train']
-    return maps if torch.is_tensor(maps) else torch.cat(list(maps))
+    if cfg['teacher'] == base['teacher'] and cfg['parts'] == base['parts']: maps = read_maps(f'{root}/runs/parts', 'train', train.images)
+    else: maps = make_parts(dict(train=train), encoder=encoder, root=root, seed=cfg['seed'], **cfg['parts'])['train']
+    return (maps if torch.is_tensor(maps) else torch.cat(list(maps))).to(train.images.device)
 
 # %% ../nbs/13_ablate.ipynb #d627cdc5
-def needs(cfg, train):
-    "Why an ablation cannot be run on these images; None: it can"
-    if find_strategy(**cfg['pretrain']['masking']).looks_at != 'parts': return
-    if cfg['parts']['source'] == 'none': return 'its masking looks at parts and the profile has none'
-    if cfg['parts']['source'] == 'given' and train.parts is None: return 'the images come without true parts'
+def needs(cfg, base, train):
+    "Why an ablation cannot be run on these images, or need not; None: it can"
+    looks_at, source = find_strategy(**cfg['pretrain']['masking']).looks_at, cfg['parts']['source']
+    unseen = () if looks_at else ('teacher', 'parts')
+    if all(cfg[k] == base[k] for k in cfg if k not in unseen): return 'it would be the main run'
+    if looks_at == 'scores' and not cfg['teacher']: return "its masking looks at a teacher's attention and there is no teacher"
+    if looks_at == 'parts' and source == 'none': return 'its masking looks at parts and the profile has none'
+    if looks_at == 'parts' and source == 'given' and train.parts is None: return 'the images come without true parts'
 
 def ablate(cfg, base, splits, root='.', checkpoint=None, log=print):
     "Pretrain as a configuration says and probe: the autoencoder, its loss and its scores"
@@ -55,11 +57,12 @@ def ablate(cfg, base, splits, root='.', checkpoint=None, log=print):
 
 def ablate_stage(root, ablation, profile=None):
     "Pretrain and probe as a profile of params.yaml and one of its ablations say, results in runs/ablate"
+    check(ablation, "no ablation is named: run `semmae-stage ablate PROFILE ABLATION`")
     base, cfg = (read_params(f'{root}/params.yaml', profile, of) for of in (None, ablation))
     out, metrics = Path(root)/'runs/ablate'/ablation, f'{root}/runs/metrics/ablate/{ablation}.json'
     out.mkdir(parents=True, exist_ok=True)
     splits = [d.to(best_device()) for d in load_images(**cfg['data'], root=root)]
-    if reason := needs(cfg, splits[0]): return write_json(metrics, dict(skipped=reason))
+    if reason := needs(cfg, base, splits[0]): return write_json(metrics, dict(skipped=reason))
     mae, scores = ablate(cfg, base, splits, root, Path(root)/f'runs/unfinished/ablate-{ablation}.pt')
     save_encoder(mae.encoder, file := out/'encoder.safetensors')
     write_json(metrics, dict(split='test', images=len(splits[2]), seed=cfg['seed'], checkpoint=file_hash(file), **scores))

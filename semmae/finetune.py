@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['MODULES', 'with_head', 'Labelled', 'learn_labels', 'mixing', 'finetune', 'outputs', 'classified', 'at_cells',
-           'segmented', 'part_iou', 'segment', 'linear_head', 'contenders', 'about', 'finetune_stage', 'segment_stage']
+           'segmented', 'part_iou', 'segment', 'linear_head', 'contenders', 'known_options', 'about', 'finetune_stage',
+           'segment_stage']
 
 # %% ../nbs/12_finetune.ipynb #395d2751
-import random
+import inspect, random
 from pathlib import Path
 
 import numpy as np, torch
@@ -21,7 +22,7 @@ from .core import atomic, best_device, check, file_hash, generator, read_params,
 from .data import ImageSet, crop, crop_parts, load_images, normalize, random_boxes, random_flips
 from .evaluate import accuracy, features, few_labels, fit_linear
 from .train import Checkpoint, Shuffled, check_scale, check_schedule, enough_memory, lr_at, make_optimizer, run_epochs, run_key, world
-from .vit import autocast, encoder_key, load_encoder, make_encoder, pixels_of, plain, prepare, remember, save_encoder
+from .vit import autocast, encoder_key, load_encoder, make_encoder, pixels_of, plain, prepare, remember
 
 # %% ../nbs/12_finetune.ipynb #b25c97de
 def with_head(encoder, n_out,
@@ -180,11 +181,17 @@ def linear_head(encoder, train, val, # ImageSets with parts
 def contenders(root, cfg):
     "Encoders to compare, and the hashes of their files, by name"
     files = {k: Path(root)/f'runs/{folder}/encoder.safetensors' for k, folder in dict(mae='pretrain', random='ablate/random').items()}
-    if 'random' not in cfg['ablate']: del files['random']
+    files = {k: f for k, f in files.items() if f.exists()}
     found = {k: load_encoder(f) for k, f in files.items()}
     return found | dict(scratch=make_encoder(**found['mae'].recipe, seed=cfg['seed'])), {k: file_hash(f) for k, f in files.items()}
 
-def about(cfg, test, labelled, hashes): return dict(split='test', images=len(test), labelled=labelled, seed=cfg['seed'], checkpoints=hashes)
+def known_options(name, f, cfg):
+    "A block of params.yaml, once `f` knows what it asks for"
+    known = [k for k in inspect.signature(f).parameters if k not in ('encoder', 'images', 'seed', 'checkpoint', 'log')][2:]
+    for k in cfg[name]: check(k in ['labels', *known], f"`{name}` has no parameter {k!r}: it has labels, {', '.join(known)}")
+    return dict(cfg[name])
+
+def about(cfg, test, labelled, hashes, rows): return dict(split='test', images=len(test), labelled=labelled, seed=cfg['seed'], checkpoints=hashes, encoders=rows)
 
 def finetune_stage(root, profile=None):
     "Fine-tune on the classes of some training images as a profile of params.yaml says, results in runs/finetune"
@@ -192,8 +199,8 @@ def finetune_stage(root, profile=None):
     out.mkdir(parents=True, exist_ok=True)
     train, test = (d.to(best_device()) for d in load_images(**cfg['data'], splits=['train', 'test'], root=root))
     if not train.targets: return write_json(f'{root}/runs/metrics/finetune.json', {})
-    options, names = dict(cfg['finetune']), train.classes['class']
-    ids = few_labels(train.targets['class'], options.pop('labels') or 1, cfg['seed'], names)
+    options, names = known_options('finetune', finetune, cfg), train.classes['class']
+    ids = few_labels(train.targets['class'], options.pop('labels'), cfg['seed'], names)
     encoders, hashes = contenders(root, cfg)
     rows, said = {}, dict(names=names, true=test.targets['class'].tolist())
     for name, encoder in encoders.items():
@@ -201,9 +208,8 @@ def finetune_stage(root, profile=None):
         model, history = finetune(encoder, train.images[ids], train.targets['class'][ids], len(names), **options, seed=cfg['seed'], checkpoint=Path(root)/f'runs/unfinished/finetune.{name}.pt')
         pred = classified(model, test.images)
         rows[name], said[name] = dict(accuracy=accuracy(pred, test.targets['class']), loss=history[-1]['loss']), pred.tolist()
-        save_encoder(model, out/f'{name}.safetensors')
     write_json(out/'said.json', said)
-    write_json(f'{root}/runs/metrics/finetune.json', about(cfg, test, len(ids), hashes) | rows)
+    write_json(f'{root}/runs/metrics/finetune.json', about(cfg, test, len(ids), hashes, rows))
 
 def segment_stage(root, profile=None):
     "Learn the true parts of some training images, frozen and fine-tuned, as a profile of params.yaml says, results in runs/segment"
@@ -211,9 +217,8 @@ def segment_stage(root, profile=None):
     out.mkdir(parents=True, exist_ok=True)
     train, val, test = (d.to(best_device()) for d in load_images(**cfg['data'], root=root))
     if train.parts is None: return write_json(f'{root}/runs/metrics/segment.json', {})
-    options, size, n_parts = dict(cfg['segment']), test.parts.shape[1:], int(train.parts.max()) + 1
-    n = max(1, round((options.pop('labels') or 1)*len(train)))
-    ids = torch.randperm(len(train), generator=generator(cfg['seed'], 'segment'))[:n].to(train.images.device)
+    options, size, n_parts = known_options('segment', segment, cfg), test.parts.shape[1:], int(max(d.parts.max() for d in (train, val, test))) + 1
+    ids = few_labels(torch.zeros(len(train), dtype=torch.long), options.pop('labels'), cfg['seed']).to(train.images.device)
     some = ImageSet(train.images[ids], parts=train.parts[ids])
     encoders, hashes = contenders(root, cfg)
     rows, maps = {}, {}
@@ -223,6 +228,5 @@ def segment_stage(root, profile=None):
         found = dict(frozen=segmented(linear_head(encoder, some, val, n_parts, seed=cfg['seed']), test.images, size), tuned=segmented(model, test.images, size))
         rows[name] = {k: part_iou(m, test.parts, n_parts).nanmean().item() for k, m in found.items()}
         maps |= {f'{name} {k}': m[:8].byte().cpu().numpy() for k, m in found.items()}
-        save_encoder(model, out/f'{name}.safetensors')
     with atomic(out/'maps.npz') as tmp, open(tmp, 'wb') as f: np.savez_compressed(f, **maps)
-    write_json(f'{root}/runs/metrics/segment.json', about(cfg, test, n, hashes) | rows)
+    write_json(f'{root}/runs/metrics/segment.json', about(cfg, test, len(ids), hashes, rows))

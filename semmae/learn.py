@@ -216,7 +216,7 @@ def look_closely(images, encoder, blocks=None, share=.35, pastes=2, seed=0):
     x, front = find_foreground(parts, images, share, gen)
     return parts, x, front, views_of(parts, images, x, front, pastes, gen)
 
-def name_parts(parts, x, front, views, n_parts=6, across=.85, steps=600, tries=4, seed=0): # from `look_closely`
+def name_parts(parts, x, front, views, n_parts=6, across=.85, steps=600, tries=8, seed=0): # from `look_closely`
     "Parts whose labels tell most of their neighbours': of several tries the one whose labels tell most"
     centre, spread = x[front].mean(0), x[front].std(0).clamp(min=1e-6)
     scaled, tried = (views - centre)/spread, []
@@ -236,7 +236,7 @@ def learn_parts(images,          # (N,C,H,W) bytes: a thousand or two are enough
                 across=.85,      # weight of what labels tell over all images, against within each
                 pastes=2,        # views on other backgrounds
                 steps=600,
-                tries=4,         # of naming; the one is kept whose labels tell most
+                tries=8,         # of naming; the one is kept whose labels tell most
                 seed=0):
     "Semantic parts, learned without labels"
     cells = next(tokens(encoder, images[:1], [None]))[0, ..., 0, 0].numel()

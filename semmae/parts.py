@@ -21,7 +21,7 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from torch.nn import functional as F
 
-from .core import best_device, check, generator, read_params, write_json
+from .core import best_device, check, file_hash, generator, read_params, write_json
 from .data import SPLITS, Stream, check_labels, load_images, read_maps, whole_parts, write_maps
 from .learn import learn_parts
 from .paper import learn_paper_parts
@@ -298,7 +298,7 @@ def parts_stage(root, profile=None):
     maps = make_parts(splits, encoder=load_encoder(file) if file.exists() else None, root=root, seed=cfg['seed'], source=source, **options) if splits else {}
     write_maps(out, maps, {k: d.images for k, d in splits.items()}, source=source, **options)
     scores = {k: judge_parts(read_maps(out, k, d.images), d.parts, options.get('n_parts'), source in WITH_BACKGROUND) for k, d in splits.items() if k != 'train'}
-    write_json(Path(root)/'runs/metrics/parts.json', dict(source=source, seed=cfg['seed'], **scores))
+    write_json(Path(root)/'runs/metrics/parts.json', dict(source=source, seed=cfg['seed'], images=len(splits['test']) if splits else 0, checkpoint=file_hash(file) if file.exists() else None, **scores))
 
 def few_maps(root, cfg, n=300):
     "Some test images, and by name: their true parts, where they have any, their maps in runs/parts and, beside learned ones, what heads and k-means see through the same teacher"

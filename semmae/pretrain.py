@@ -13,9 +13,9 @@ import torch
 from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 
-from .core import best_device, check, generator, read_params, write_csv, write_json
+from .core import best_device, check, file_hash, generator, read_params, write_csv, write_json
 from .data import check_labels, crop, crop_parts, load_images, normalize, random_boxes, random_flips, read_maps
-from .evaluate import few_labels
+from .evaluate import enough_labels
 from .mae import MAE, save_mae
 from .masking import MAX_PARTS, check_kind, find_strategy
 from .train import Checkpoint, Shuffled, check_scale, check_schedule, check_whole, enough_memory, join, lr_at, make_optimizer, run_epochs, run_key, run_process, world
@@ -155,14 +155,13 @@ def pretrain_stage(root, profile=None):
     cfg = read_params(f'{root}/params.yaml', profile)
     device, out = join(best_device()), f'{root}/runs/pretrain'
     data = load_images(**cfg['data'], splits=['train'], root=root)[0].to(device)
-    if data.targets:
-        for share in {*cfg['probe']['labels'], cfg['finetune']['labels'] or 1}: few_labels(data.targets['class'], share, cfg['seed'], data.classes['class'])  # what later stages would stumble over
+    enough_labels(cfg, data)
     guide = None if cfg['parts']['source'] == 'none' else read_maps(f'{root}/runs/parts', 'train', data.images).to(device)
     mae, history = train_mae(cfg, data.images, guide, Path(f'{root}/runs/unfinished/pretrain.pt'))
     if world()[0] == 0:
         save_mae(mae, out)
         write_csv(f'{out}/loss.csv', history)
-        write_json(f'{root}/runs/metrics/pretrain.json', dict(loss=history[-1]['loss'], split='train', images=len(data), seed=cfg['seed']))
+        write_json(f'{root}/runs/metrics/pretrain.json', dict(loss=history[-1]['loss'], split='train', images=len(data), seed=cfg['seed'], checkpoint=file_hash(f'{out}/encoder.safetensors')))
 
 def main():
     "The command `semmae-pretrain ROOT [PROFILE]`, for torchrun"

@@ -22,6 +22,7 @@ def run_stage(name,         # a notebook of nbs/pipeline
     except ModuleNotFoundError: raise SemmaeError("running a stage needs papermill: run `pip install -e '.[dev]'` in a clone")
     source = Path(f'nbs/pipeline/{name}.ipynb')
     check(source.is_file(), f"there is no {source}: run from the project's folder, with the name of a stage")
+    check(not ablation or name == 'ablate', f"the stage {name!r} knows no ablation: run `semmae-stage ablate PROFILE ABLATION`")
     Path('runs').mkdir(exist_ok=True)
     sys.stdout.reconfigure(line_buffering=True)
     die_with_parent()  # and the kernel watches this process and goes with it

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .core import best_device, check, draw, file_hash, generator, read_params, write_csv, write_json
 from .data import crop, load_images, normalize, random_boxes, random_flips
-from .evaluate import accuracy, compare, features, knn, whiten
+from .evaluate import accuracy, compare, enough_labels, features, knn, whiten
 from .train import Checkpoint, Shuffled, check_scale, check_schedule, check_whole, enough_memory, join, lr_at, run_epochs, run_key, run_process, world
 from .vit import autocast, check_image, encode, encoder_of, open_encoder, prepare, resize, save_encoder
 
@@ -300,6 +300,7 @@ def teacher_stage(root, profile=None):
     check_teacher(options := cfg['teacher'])
     device, history = join(best_device()), None
     splits = [d.to(device) for d in load_images(**cfg['data'], root=root)]
+    enough_labels(cfg, splits[0])
     if 'epochs' in options:
         recipe = dict(image=cfg['data']['size']) | options['encoder']
         how = {k: v for k, v in options.items() if k not in ('encoder', 'image')}
