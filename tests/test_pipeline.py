@@ -141,7 +141,7 @@ def test_forgotten_export(done):
     ('source: two_level', 'source: two_levels', "parts: there is no source of parts 'two_levels': set `parts.source` to none, given, a folder of maps, or one of grid, heads"),
     ('n_words: 64', 'n_wrds: 64', "teacher: `teacher` has no parameter 'n_wrds' where it is trained: it has"),
     ('lr: 1.0e-3', 'lr: 1.0e+9', r'pretrain: the loss became nan at step'),
-    ('labels: [0.2]', 'labels: [0.001]', 'pretrain: class cat-phones has 28 images, of which 0.1 % is none: raise the share of labels'),
+    ('labels: [0.2]', 'labels: [0.001]', 'teacher: class cat-phones has 28 images, of which 0.1 % is none: raise the share of labels'),
     ('source: data', 'source: nowhere', 'there is no'),
 ])
 def test_a_mistake_is_one_sentence(done, old, new, says):

@@ -98,11 +98,11 @@ def test_library_needs_no_development_tool():
 
 
 def test_the_committed_scores_lie_where_five_seeds_say():
-    "And those of the encoder before training do not"
+    "And above those of the encoder before training"
     known, here = (read_json(ROOT/p) for p in ('nbs/studies/tiny.json', 'runs/metrics/probe.json'))
     for name, (lo, hi) in known['intervals'].items():
         how, target = name.split()
-        assert lo <= 100*here['mae'][how][target] <= hi and not lo <= 100*here['untrained'][how][target] <= hi, name
+        assert lo <= 100*here['mae'][how][target] <= hi and here['mae'][how][target] > here['untrained'][how][target], name
 
 
 @pytest.mark.parametrize('path', sorted(ROOT.glob('nbs/**/*.ipynb')), ids=name)
