@@ -43,8 +43,9 @@ def read_params(path,           # params.yaml
     check(isinstance(known.get(ablation), dict), f"{path} has no ablation {ablation!r}: add it, or choose one of {', '.join(known)}")
     for block, value in known[ablation].items():
         check(block in cfg, f"the ablation {ablation!r} changes `{block}`, which the profile {profile!r} does not have: correct it")
-        if block in ('teacher', 'parts') or not isinstance(value, dict): cfg[block] = value
-        else: cfg[block] = cfg[block] | value | ({'masking': {'ratio': cfg[block]['masking']['ratio']} | value['masking']} if 'masking' in value else {})
+        whole = block in ('teacher', 'parts') or not isinstance(value, dict)
+        if not whole and 'masking' in value: value = value | dict(masking=dict(ratio=cfg[block]['masking']['ratio']) | value['masking'])
+        cfg[block] = value if whole else cfg[block] | value
     return cfg
 
 # %% ../nbs/00_core.ipynb #3f7f5465

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODULES', 'with_head', 'Labelled', 'learn_labels', 'mixing', 'finetune', 'outputs', 'classified', 'at_cells',
-           'segmented', 'part_iou', 'segment', 'linear_head', 'contenders', 'known_options', 'about', 'finetune_stage',
-           'segment_stage']
+           'segmented', 'part_iou', 'segment', 'linear_head', 'contenders', 'options_of', 'learn_each',
+           'finetune_stage', 'segment_stage']
 
 # %% ../nbs/12_finetune.ipynb #395d2751
 import inspect, random
@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .core import atomic, best_device, check, file_hash, generator, read_params, write_json
 from .data import ImageSet, crop, crop_parts, load_images, normalize, random_boxes, random_flips
 from .evaluate import accuracy, features, few_labels, fit_linear
-from .train import Checkpoint, Shuffled, check_scale, check_schedule, enough_memory, lr_at, make_optimizer, run_epochs, run_key, world
+from .train import Checkpoint, Shuffled, check_scale, check_schedule, enough_memory, join, lr_at, make_optimizer, run_epochs, run_key, world
 from .vit import autocast, encoder_key, load_encoder, make_encoder, pixels_of, plain, prepare, remember
 
 # %% ../nbs/12_finetune.ipynb #b25c97de
@@ -70,7 +70,7 @@ def learn_labels(encoder, images, targets, n_out, pool,
     "The encoder with a head, both learned; rows of epoch, step, loss, lr"
     params = {k: v for k, v in locals().items() if k not in ('encoder', 'images', 'targets', 'loss', 'mix', 'checkpoint', 'log')}
     ranks = world()[1]
-    check_schedule(of, epochs, lr=lr, warmup_epochs=warmup_epochs, weight_decay=weight_decay, layer_decay=layer_decay)
+    check_schedule(of, epochs, lr=lr, warmup_epochs=warmup_epochs, weight_decay=weight_decay, layer_decay=layer_decay, drop_path=drop_path)
     model = with_head(encoder, n_out, pool, drop_path)
     batches = Labelled(images, targets, n_out, model, epochs, batch, crop_scale, seed, of)
     with enough_memory(batch, of): prepare(model, images.device).train()
@@ -114,6 +114,7 @@ def finetune(encoder, images,        # (N,C,H,W) uint8 or a Stream, on the devic
     "The encoder with a classifier, both learned; rows of epoch, step, loss, lr"
     params = {k: v for k, v in locals().items() if k not in ('encoder', 'images', 'classes', 'n_classes', 'pool', 'checkpoint', 'log')}
     check(batch % (2*world()[1]) == 0, f"a batch of {batch} cannot be mixed in pairs: choose an even number of images for every process for `finetune.batch`")
+    check_schedule('finetune', epochs, warmup_epochs=warmup_epochs, mixup=mixup, cutmix=cutmix, smoothing=smoothing, erase=erase)
     n_classes = n_classes or int(classes.max()) + 1
     mix = mixing(n_classes, mixup, cutmix, smoothing, erase, seed, images.device)
     return learn_labels(encoder, images, classes, n_classes, pool, F.cross_entropy, mix, 'finetune', checkpoint, log, **params)
@@ -177,56 +178,67 @@ def linear_head(encoder, train, val, # ImageSets with parts
         if found > best[0]: best = found, model
     return best[1]
 
-# %% ../nbs/12_finetune.ipynb #35a40d2b
-def contenders(root, cfg):
+# %% ../nbs/12_finetune.ipynb #1e2d9442
+def contenders(root, seed):
     "Encoders to compare, and the hashes of their files, by name"
     files = {k: Path(root)/f'runs/{folder}/encoder.safetensors' for k, folder in dict(mae='pretrain', random='ablate/random').items()}
     files = {k: f for k, f in files.items() if f.exists()}
     found = {k: load_encoder(f) for k, f in files.items()}
-    return found | dict(scratch=make_encoder(**found['mae'].recipe, seed=cfg['seed'])), {k: file_hash(f) for k, f in files.items()}
+    return found | dict(scratch=make_encoder(**found['mae'].recipe, seed=seed)), {k: file_hash(f) for k, f in files.items()}
 
-def known_options(name, f, cfg):
-    "A block of params.yaml, once `f` knows what it asks for"
-    known = [k for k in inspect.signature(f).parameters if k not in ('encoder', 'images', 'seed', 'checkpoint', 'log')][2:]
+def options_of(name, f, cfg):
+    "The labels to learn from and the options of `f` that a block of params.yaml gives"
+    known = [k for k, p in inspect.signature(f).parameters.items() if p.default is not p.empty and k not in ('n_classes', 'n_parts', 'seed', 'checkpoint', 'log')]
     for k in cfg[name]: check(k in ['labels', *known], f"`{name}` has no parameter {k!r}: it has labels, {', '.join(known)}")
-    return dict(cfg[name])
+    return cfg[name]['labels'], {k: v for k, v in cfg[name].items() if k != 'labels'}
 
-def about(cfg, test, labelled, hashes, rows): return dict(split='test', images=len(test), labelled=labelled, seed=cfg['seed'], checkpoints=hashes, encoders=rows)
+# %% ../nbs/12_finetune.ipynb #5baf77d0
+def learn_each(name, learn, # (name, encoder, checkpoint) -> what to tell
+               cfg, images, # those whose labels are learned from
+               test, root):
+    "Every contender learns; what is told of each goes to runs/metrics"
+    encoders, hashes = contenders(root, cfg['seed'])
+    rows = {}
+    for k, encoder in encoders.items():
+        if world()[0] == 0: print(k)
+        rows[k] = learn(k, encoder, Path(root)/f'runs/unfinished/{name}.{k}.pt')
+    if world()[0] == 0: write_json(f'{root}/runs/metrics/{name}.json', dict(split='test', images=len(test), labelled=len(images), seed=cfg['seed'], checkpoints=hashes, encoders=rows))
 
 def finetune_stage(root, profile=None):
     "Fine-tune on the classes of some training images as a profile of params.yaml says, results in runs/finetune"
     cfg, out = read_params(f'{root}/params.yaml', profile), Path(root)/'runs/finetune'
     out.mkdir(parents=True, exist_ok=True)
-    train, test = (d.to(best_device()) for d in load_images(**cfg['data'], splits=['train', 'test'], root=root))
+    device = join(best_device())
+    train, test = (d.to(device) for d in load_images(**cfg['data'], splits=['train', 'test'], root=root))
     if not train.targets: return write_json(f'{root}/runs/metrics/finetune.json', {})
-    options, names = known_options('finetune', finetune, cfg), train.classes['class']
-    ids = few_labels(train.targets['class'], options.pop('labels'), cfg['seed'], names)
-    encoders, hashes = contenders(root, cfg)
-    rows, said = {}, dict(names=names, true=test.targets['class'].tolist())
-    for name, encoder in encoders.items():
-        print(name)
-        model, history = finetune(encoder, train.images[ids], train.targets['class'][ids], len(names), **options, seed=cfg['seed'], checkpoint=Path(root)/f'runs/unfinished/finetune.{name}.pt')
+    names, true = train.classes['class'], test.targets['class']
+    share, options = options_of('finetune', finetune, cfg)
+    ids = few_labels(train.targets['class'], share, cfg['seed'], names)
+    images, classes, said = train.images[ids], train.targets['class'][ids], {}
+    def learn(name, encoder, checkpoint):
+        model, history = finetune(encoder, images, classes, len(names), **options, seed=cfg['seed'], checkpoint=checkpoint)
         pred = classified(model, test.images)
-        rows[name], said[name] = dict(accuracy=accuracy(pred, test.targets['class']), loss=history[-1]['loss']), pred.tolist()
-    write_json(out/'said.json', said)
-    write_json(f'{root}/runs/metrics/finetune.json', about(cfg, test, len(ids), hashes, rows))
+        said[name] = pred.tolist()
+        return dict(accuracy=accuracy(pred, true), loss=history[-1]['loss'])
+    learn_each('finetune', learn, cfg, images, test, root)
+    if world()[0] == 0: write_json(out/'said.json', dict(names=names, true=true.tolist()) | said)
 
 def segment_stage(root, profile=None):
     "Learn the true parts of some training images, frozen and fine-tuned, as a profile of params.yaml says, results in runs/segment"
     cfg, out = read_params(f'{root}/params.yaml', profile), Path(root)/'runs/segment'
     out.mkdir(parents=True, exist_ok=True)
-    train, val, test = (d.to(best_device()) for d in load_images(**cfg['data'], root=root))
+    device = join(best_device())
+    train, val, test = (d.to(device) for d in load_images(**cfg['data'], root=root))
     if train.parts is None: return write_json(f'{root}/runs/metrics/segment.json', {})
-    options, size, n_parts = known_options('segment', segment, cfg), test.parts.shape[1:], int(max(d.parts.max() for d in (train, val, test))) + 1
-    ids = few_labels(torch.zeros(len(train), dtype=torch.long), options.pop('labels'), cfg['seed']).to(train.images.device)
-    some = ImageSet(train.images[ids], parts=train.parts[ids])
-    encoders, hashes = contenders(root, cfg)
-    rows, maps = {}, {}
-    for name, encoder in encoders.items():
-        print(name)
-        model, _ = segment(encoder, some.images, some.parts, n_parts, **options, seed=cfg['seed'], checkpoint=Path(root)/f'runs/unfinished/segment.{name}.pt')
+    size, n_parts = test.parts.shape[1:], int(max(d.parts.max() for d in (train, val, test))) + 1
+    share, options = options_of('segment', segment, cfg)
+    ids = few_labels(torch.zeros(len(train), dtype=torch.long), share, cfg['seed']).to(train.images.device)
+    some, maps = ImageSet(train.images[ids], parts=train.parts[ids]), {}
+    def learn(name, encoder, checkpoint):
+        model, _ = segment(encoder, some.images, some.parts, n_parts, **options, seed=cfg['seed'], checkpoint=checkpoint)
         found = dict(frozen=segmented(linear_head(encoder, some, val, n_parts, seed=cfg['seed']), test.images, size), tuned=segmented(model, test.images, size))
-        rows[name] = {k: part_iou(m, test.parts, n_parts).nanmean().item() for k, m in found.items()}
-        maps |= {f'{name} {k}': m[:8].byte().cpu().numpy() for k, m in found.items()}
+        maps.update({f'{name} {k}': m[:8].byte().cpu().numpy() for k, m in found.items()})
+        return {k: part_iou(m, test.parts, n_parts).nanmean().item() for k, m in found.items()}
+    learn_each('segment', learn, cfg, some, test, root)
+    if world()[0] > 0: return
     with atomic(out/'maps.npz') as tmp, open(tmp, 'wb') as f: np.savez_compressed(f, **maps)
-    write_json(f'{root}/runs/metrics/segment.json', about(cfg, test, len(ids), hashes, rows))

@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['tokens', 'standard', 'unlike_border', 'principal', 'ridge', 'paste', 'information', 'neighbours', 'new_nets',
            'labelled', 'answers', 'told', 'Learned', 'load_learned', 'find_foreground', 'views_of', 'reach',
-           'training_nets', 'refuse_collapse', 'consensus', 'agreed', 'look_closely', 'name_parts', 'learn_parts']
+           'training_nets', 'refuse_collapse', 'consensus', 'look_closely', 'name_parts', 'learn_parts']
 
 # %% ../nbs/05_learn.ipynb #51e74d07
 import json
-from itertools import combinations
 
 import torch
 from safetensors.torch import save_file
@@ -97,8 +96,8 @@ def answers(nets, x): # (M,dim)
 
 def told(nets, one, other, front, shift, across, most=512): # views (B,L,dim), (B,h,w)
     "How much the labels of cells in one view tell of their neighbours' in the other, for every network"
-    pairs = neighbours(front, *shift)
-    b, i, j = (v[::len(v)//most + 1] for v in pairs)  # a sample is enough
+    b, i, j = neighbours(front, *shift)
+    b, i, j = (v[::len(b)//most + 1] for v in (b, i, j))  # a sample is enough
     p, q = labelled(nets, one[b, i]), labelled(nets, other[b, j])
     met = torch.zeros(len(p), len(front), p.shape[2]**2, device=p.device).index_add(1, b, (p[..., None]*q[..., None, :]).flatten(2))
     met = met.unflatten(2, (p.shape[2], -1))                                    # (nets,B,labels,labels)
@@ -163,9 +162,11 @@ def views_of(parts, images, x, front, pastes, gen):
     return torch.stack(out).flatten(2, 3)
 
 # %% ../nbs/05_learn.ipynb #4eae610c
-def reach(front): return max(1, front.shape[1]*3//16)
+def reach(front):
+    "How many cells away a neighbour may be"
+    return max(1, front.shape[1]*3//16)
 
-def training_nets(views, front, n_labels, across, steps, gen, n_nets=16, lr=5e-3):
+def training_nets(views, front, n_labels, across, steps, gen, n_nets=64, lr=5e-3):
     "Networks whose label of a cell in one view tells much of its neighbours' in another, after every step"
     nets = {k: v.to(views.device).requires_grad_() for k, v in new_nets(n_nets, views.shape[3], n_labels, gen).items()}
     opt, far = torch.optim.AdamW(nets.values(), lr, weight_decay=1e-3), reach(front)
@@ -193,19 +194,6 @@ def consensus(nets, x, n_labels, seed):
     some = answers(nets, x[torch.randperm(len(x), generator=generator(seed, 'consensus'))[:20000].to(x.device)])
     return torch.from_numpy(KMeans(n_labels, n_init=10, random_state=seed).fit(some.cpu().numpy()).cluster_centers_).to(x)
 
-def agreed(parts, views, front, n=500): # of the images
-    "How much the labels of cells tell of their neighbours' in other views, over all images and within each"
-    views, front, far, k = views[:, :n], front[:n], reach(front), len(parts.state['centres'])
-    labels, inside = torch.zeros(views.shape[:3], dtype=torch.long, device=views.device), front.flatten(1)
-    labels[:, inside] = parts.label(views[:, inside].flatten(0, 1)).view(len(views), -1)
-    out = []
-    for dy, dx in (0, 0), (0, far), (far, 0), (far, far), (-far, 0):
-        b, i, j = neighbours(front, dy, dx)
-        for one, other in combinations(labels, 2):
-            met = ((b*k + one[b, i])*k + other[b, j]).bincount(minlength=len(front)*k*k).view(-1, k, k).float()
-            out.append(information(met.sum(0)) + information(met[b.unique()]).mean())
-    return torch.stack(out).mean().item()
-
 # %% ../nbs/05_learn.ipynb #3ef310dd
 def look_closely(images, encoder, blocks=None, share=.35, pastes=2, seed=0):
     "The foreground, learned, and what there is to name: the cells of all images, which of them are foreground, all their views"
@@ -216,15 +204,12 @@ def look_closely(images, encoder, blocks=None, share=.35, pastes=2, seed=0):
     x, front = find_foreground(parts, images, share, gen)
     return parts, x, front, views_of(parts, images, x, front, pastes, gen)
 
-def name_parts(parts, x, front, views, n_parts=6, across=.85, steps=600, tries=8, seed=0): # from `look_closely`
-    "Parts whose labels tell most of their neighbours': of several tries the one whose labels tell most"
+def name_parts(parts, x, front, views, n_parts=6, across=.8, steps=600, seed=0): # from `look_closely`
+    "Parts whose labels tell much of their neighbours'"
     centre, spread = x[front].mean(0), x[front].std(0).clamp(min=1e-6)
-    scaled, tried = (views - centre)/spread, []
-    for k in range(tries if n_parts > 2 else 1):
-        for nets in training_nets(scaled, front, n_parts - 1, across, steps, generator(seed, 'name', k)): pass
-        nets |= dict(w1=nets['w1']/spread[:, None], b1=nets['b1'] - (centre/spread)[None] @ nets['w1'])
-        tried.append(Learned(parts.encoder, parts.blocks, **parts.state, **nets, centres=consensus(nets, x[front], n_parts - 1, seed)))
-    named = max(tried, key=lambda p: agreed(p, views, front))
+    for nets in training_nets((views - centre)/spread, front, n_parts - 1, across, steps, generator(seed, 'name')): pass
+    nets |= dict(w1=nets['w1']/spread[:, None], b1=nets['b1'] - (centre/spread)[None] @ nets['w1'])
+    named = Learned(parts.encoder, parts.blocks, **parts.state, **nets, centres=consensus(nets, x[front], n_parts - 1, seed))
     if n_parts > 2: refuse_collapse(named.label(x[front]).bincount(minlength=n_parts - 1)/front.sum())
     return named
 
@@ -233,12 +218,11 @@ def learn_parts(images,          # (N,C,H,W) bytes: a thousand or two are enough
                 n_parts=6,       # the background is one of them
                 blocks=None,     # whose tokens count; None: the last three
                 share=.35,       # of all cells called foreground
-                across=.85,      # weight of what labels tell over all images, against within each
+                across=.8,       # weight of what labels tell over all images, against within each
                 pastes=2,        # views on other backgrounds
                 steps=600,
-                tries=8,         # of naming; the one is kept whose labels tell most
                 seed=0):
     "Semantic parts, learned without labels"
     cells = next(tokens(encoder, images[:1], [None]))[0, ..., 0, 0].numel()
     check(type(n_parts) is int and 1 < n_parts <= min(cells, 256), f"`parts.n_parts` is {n_parts!r}: choose a number from 2 to the {cells} cells that the encoder sees of an image (at most 256), or raise `teacher.image`")
-    return name_parts(*look_closely(images, encoder, blocks, share, pastes, seed), n_parts, across, steps, tries, seed)
+    return name_parts(*look_closely(images, encoder, blocks, share, pastes, seed), n_parts, across, steps, seed)

@@ -64,6 +64,7 @@ def percent(p, n): # a share, of how many
     lo, hi = interval(p, n)
     return f'{100*p:.1f} <small>({100*lo:.1f}–{100*hi:.1f})</small>'
 
+# %% ../nbs/14_show.ipynb #1d9b2f4e
 def show_dots(rows,  # label -> a share
               n,     # of how many
               axis, width=7):

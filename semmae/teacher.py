@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GREY', 'OPENED', 'TRAINED', 'random_colours', 'view', 'place', 'random_blocks', 'Standard', 'Head', 'everywhere',
            'balance', 'cross', 'Told', 'Distiller', 'shared', 'check_bits', 'Views', 'check_distil', 'rise', 'distil',
-           'val_knn', 'check_teacher', 'open_teacher', 'teacher_stage', 'main', 'plot_history']
+           'val_knn', 'check_teacher', 'open_teacher', 'teacher_stage', 'plot_history']
 
 # %% ../nbs/03_teacher.ipynb #d5778e1d
 import copy, inspect, math
@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .core import best_device, check, draw, file_hash, generator, read_params, write_csv, write_json
 from .data import crop, load_images, normalize, random_boxes, random_flips
 from .evaluate import accuracy, compare, enough_labels, features, knn, whiten
-from .train import Checkpoint, Shuffled, check_scale, check_schedule, check_whole, enough_memory, join, lr_at, run_epochs, run_key, run_process, world
+from .train import Checkpoint, Shuffled, check_scale, check_schedule, check_whole, enough_memory, join, lr_at, run_epochs, run_key, world
 from .vit import autocast, check_image, encode, encoder_of, open_encoder, prepare, resize, save_encoder
 
 # %% ../nbs/03_teacher.ipynb #083d8594
@@ -315,10 +315,6 @@ def teacher_stage(root, profile=None):
     if history: write_csv(out/'history.csv', history)
     scores = compare({'teacher': encoder.to(device)}, splits)
     write_json(metrics, dict(split='test', images=len(splits[2]), seed=cfg['seed'], checkpoint=file_hash(out/'encoder.safetensors'), **scores))
-
-def main():
-    "The command `semmae-teacher ROOT [PROFILE]`, for torchrun"
-    run_process(teacher_stage)
 
 # %% ../nbs/03_teacher.ipynb #a27fe883
 def plot_history(history, figsize=(6, 2.2)):

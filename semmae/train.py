@@ -80,11 +80,13 @@ def complaint(errors, otherwise):
     if 'Signal 9' in errors: said.append('one of the processes was killed, most often for want of memory: lower `batch` in the profile, or raise `pretrain.accumulate`')
     return said[0] if said else f'{otherwise}: {errors[-2000:]}'
 
-def launch(program, *args, processes):
-    "Run `program args` in several processes of this machine; none of them outlives this one"
+def launch(stage, *args, processes):
+    "Call a function of semmae, here or in several processes of this machine, none of which outlives this one"
     check(type(processes) is int and processes > 0, f"`processes` is {processes!r}: set it to a whole number, at least 1")
+    if processes == 1: return stage(*args)
     agent = 'from semmae.core import die_with_parent; die_with_parent(); from torch.distributed.run import main; main()'
-    command = [sys.executable, '-c', agent, '--standalone', f'--nproc-per-node={processes}', '--no-python', Path(sys.executable).with_name(program), *args]
+    each = f'from {stage.__module__} import {stage.__name__} as stage; from semmae.train import run_process; run_process(stage)'
+    command = [sys.executable, '-c', agent, '--standalone', f'--nproc-per-node={processes}', '--no-python', sys.executable, '-c', each, *args]
     with tempfile.TemporaryFile('w+') as file:  # a pipe that nobody reads meanwhile would fill and stop them
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, text=True) as run:
             for line in run.stdout: print(line, end='')
@@ -167,7 +169,7 @@ def make_optimizer(model, optimizer, **kw):
     options = dict(opt=optimizer) if isinstance(optimizer, str) else optimizer
     try: return create_optimizer_v2(model, **kw, **options)
     except (TypeError, ValueError, AssertionError, RuntimeError) as e:
-        raise SemmaeError(f"timm cannot make the optimiser {optimizer!r} ({e}): correct `pretrain.optimizer`") from e
+        raise SemmaeError(f"timm cannot make the optimiser {optimizer!r} ({e}): correct its name and options") from e
 
 # %% ../nbs/09_train.ipynb #07aa3249
 def run_epochs(learn,         # from the batch of a step; this process's share of its loss
@@ -204,7 +206,7 @@ def plot_loss(history, figsize=(5, 2.5)):
 
 # %% ../nbs/09_train.ipynb #b80a7d6e
 def run_process(stage):
-    "What a process of the command `stage ROOT [PROFILE]` does"
+    "What a process does that was started with the arguments of a stage"
     if world()[1] > 1: die_with_parent()
     try: stage(*sys.argv[1:])
     except SemmaeError as e: sys.exit(f'semmae: {e}')

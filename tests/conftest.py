@@ -6,8 +6,11 @@ import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).parent.parent
+PARALLEL = 'PYTEST_XDIST_WORKER' in os.environ
+if PARALLEL: os.environ['OMP_NUM_THREADS'] = '1'  # a core for each of pytest's processes, and for what it starts
 
 
 def environment(cwd):
@@ -34,13 +37,24 @@ def wait_for(condition, seconds=60):
 
 @pytest.fixture(scope='session')
 def project(tmp_path_factory):
-    "A clone at the profile `smoke`, data pulled: the pipeline's tests share it and leave it as they found it"
-    path = tmp_path_factory.mktemp('clone')
+    "A clone at the profile `smoke` after `dvc repro`, what that printed beside it: made once for all of pytest's processes, each of which has a copy that its tests leave as they found it"
+    base = tmp_path_factory.getbasetemp()
+    whole = (base.parent if PARALLEL else base)/'whole'
+    with FileLock(f'{whole}.lock'):
+        if not whole.exists(): make_smoke(base/'making').rename(whole)
+    path = tmp_path_factory.mktemp('clone')/'smoke'
+    shutil.copytree(whole, path, symlinks=True)
+    return path
+
+
+def make_smoke(path):
     for f in sh(ROOT, 'git ls-files -co --exclude-standard').stdout.splitlines():
         if (ROOT/f).is_file():
             (path/f).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT/f, path/f)
     params = path/'params.yaml'
-    params.write_text(params.read_text().replace('profile: tiny', 'profile: smoke', 1))
+    params.write_text(params.read_text().replace('profile: tiny', 'profile: smoke', 1).replace('ablate: [random, inter, true_parts]', 'ablate: [random, inter]'))
     sh(path, 'git init -q && git add -A && git commit -qm start && dvc pull -q data')
+    (path/'.git/repro.log').write_text(sh(path, 'dvc repro').stdout)
+    sh(path, 'git add -A && git commit -qm smoke')
     return path

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, environment, wait_for
-from worker import IMAGES, MAPS, cramped, starved, tune, work
+from worker import IMAGES, MAPS, cramped, killed, starved, tune, work
 
 from semmae.core import SemmaeError, read_json
-from semmae.pretrain import MODULES, main
+from semmae.pretrain import MODULES, main, pretrain_stage
 from semmae.train import launch, run_key
 
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node']
@@ -196,12 +196,13 @@ def test_a_rank_ends_with_its_parent(monkeypatch):
 
 @pytest.mark.parametrize('processes', [0, 'two', 1.5, True])
 def test_a_wrong_number_of_processes_is_one_sentence(processes):
-    with pytest.raises(SemmaeError, match='`processes` is .*: set it to a whole number'): launch('semmae-pretrain', processes=processes)
+    with pytest.raises(SemmaeError, match='`processes` is .*: set it to a whole number'): launch(pretrain_stage, processes=processes)
 
 
-def test_a_process_that_is_killed_is_one_sentence():
-    with pytest.raises(SemmaeError, match=r'^one of the processes was killed, .*`pretrain.accumulate`$'): launch('python', '-c', 'import os; os.kill(os.getpid(), 9)', processes=2)
+def test_a_process_that_is_killed_is_one_sentence(monkeypatch):
+    monkeypatch.setenv('PYTHONPATH', str(ROOT/'tests'))
+    with pytest.raises(SemmaeError, match=r'^one of the processes was killed, .*`pretrain.accumulate`$'): launch(killed, processes=2)
 
 
 def test_a_mistake_in_several_processes_is_one_sentence(tmp_path):
-    with pytest.raises(SemmaeError, match=r'params.yaml is missing: run from the project.s folder$'): launch('semmae-pretrain', str(tmp_path), processes=2)
+    with pytest.raises(SemmaeError, match=r'params.yaml is missing: run from the project.s folder$'): launch(pretrain_stage, str(tmp_path), processes=2)

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from semmae.core import SemmaeError, generator
-from semmae.learn import Learned, agreed, information, labelled, learn_parts, load_learned, look_closely, name_parts, neighbours, new_nets, paste, told
+from semmae.learn import Learned, information, labelled, learn_parts, load_learned, look_closely, neighbours, new_nets, paste, told
 from semmae.paper import PaperParts, PartTokens, StyleDecoder, alike, heard, learn_paper_parts
 from semmae.parts import make_parts, score_parts
 from semmae.data import ImageSet
@@ -105,28 +105,6 @@ def test_planted_parts_are_found(planted):
     parts = learn_parts(images[:30], encoder, n_parts=4, pastes=0, steps=150, share=.3)
     scores = score_parts(parts.predict(images[30:]), encoder.truth[30:])
     assert scores['fg_nmi'] > .8 and scores['fg_iou'] > .9
-
-
-@pytest.mark.parametrize('seed', range(3))
-def test_labels_agree_as_counted_by_hand(seed):
-    front, labels = front_of(seed, 4), torch.randint(0, 3, (2, 4, 30), generator=generator('labels', seed))
-    front[3] = False  # an image without a pair does not count
-    parts = Learned(None, None, centres=torch.zeros(3))
-    parts.label = lambda x: x[:, 0].long()
-    out = []
-    for shift in (0, 0), (0, 1), (1, 0), (1, 1), (-1, 0):
-        met = torch.zeros(4, 3, 3)
-        for b, i, j in zip(*neighbours(front, *shift)): met[b, labels[0, b, i], labels[1, b, j]] += 1
-        out.append(information(met.sum(0)) + information(met[met.sum((1, 2)) > 0]).mean())
-    assert agreed(parts, labels[..., None].float(), front) == pytest.approx(torch.stack(out).mean().item(), abs=1e-5)
-
-
-def test_of_several_tries_the_one_is_kept_that_agrees_most(planted, monkeypatch):
-    encoder, images = planted
-    tried, say = [], {0: .2, 1: .9, 2: .5}
-    monkeypatch.setattr('semmae.learn.agreed', lambda parts, views, front: tried.append(parts) or say[len(tried) - 1])
-    kept = name_parts(*look_closely(images[:30], encoder, pastes=0, share=.3), n_parts=4, steps=5, tries=3)
-    assert kept is tried[1] and not torch.equal(tried[0].state['w1'], tried[1].state['w1'])
 
 
 def test_a_mirrored_view_lies_where_the_image_does(planted):

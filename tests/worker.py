@@ -1,6 +1,8 @@
 "A small pretraining that tests run, kill and run again: python worker.py FOLDER '{\"epochs\": 3}', alone or under torchrun."
 import json
+import os
 import resource
+import signal
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -84,6 +86,9 @@ def starved(folder, room):
     mae = MAE(make_encoder(image=(32, 32), patch_size=2, embed_dim=32, depth=4, num_heads=2), width=512, depth=2, heads=2)
     try: pretrain(mae, IMAGES, epochs=1, batch=70, warmup_epochs=0)
     except SemmaeError as e: (Path(folder)/'error').write_text(str(e))
+
+
+def killed(): os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == '__main__':
