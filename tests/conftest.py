@@ -48,6 +48,7 @@ def project(tmp_path_factory):
 
 
 def make_smoke(path):
+    "The project with its data pulled, through `dvc repro` of `smoke` with two ablations"
     for f in sh(ROOT, 'git ls-files -co --exclude-standard').stdout.splitlines():
         if (ROOT/f).is_file():
             (path/f).parent.mkdir(parents=True, exist_ok=True)
