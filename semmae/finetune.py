@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np, torch
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
+from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -21,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .core import atomic, best_device, check, file_hash, generator, read_params, write_json
 from .data import ImageSet, crop, crop_parts, load_images, normalize, random_boxes, random_flips
 from .evaluate import accuracy, features, few_labels, fit_linear
-from .train import Checkpoint, Shuffled, check_scale, check_schedule, enough_memory, join, lr_at, make_optimizer, run_epochs, run_key, world
+from .train import Checkpoint, Shuffled, check_scale, check_schedule, enough_memory, join, lr_at, run_epochs, run_key, world
 from .vit import autocast, encoder_key, load_encoder, make_encoder, pixels_of, plain, prepare, remember
 
 # %% ../nbs/12_finetune.ipynb #b25c97de
@@ -74,7 +75,7 @@ def learn_labels(encoder, images, targets, n_out, pool,
     model = with_head(encoder, n_out, pool, drop_path)
     batches = Labelled(images, targets, n_out, model, epochs, batch, crop_scale, seed, of)
     with enough_memory(batch, of): prepare(model, images.device).train()
-    opt = make_optimizer(model, 'adamw', lr=lr, weight_decay=weight_decay, layer_decay=layer_decay)
+    opt = create_optimizer_v2(model, 'adamw', lr=lr, weight_decay=weight_decay, layer_decay=layer_decay)
     rate = lambda step: lr_at(step, batches.steps, warmup_epochs*batches.per_epoch, lr*batch/256)
     whole = DistributedDataParallel(model) if ranks > 1 else model
     def learn(step):

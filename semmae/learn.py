@@ -204,10 +204,12 @@ def look_closely(images, encoder, blocks=None, share=.35, pastes=2, seed=0):
     x, front = find_foreground(parts, images, share, gen)
     return parts, x, front, views_of(parts, images, x, front, pastes, gen)
 
-def name_parts(parts, x, front, views, n_parts=6, across=.8, steps=600, seed=0): # from `look_closely`
+def name_parts(parts, x, front, views, n_parts=6, across=.8, steps=300, seed=0): # from `look_closely`
     "Parts whose labels tell much of their neighbours'"
     centre, spread = x[front].mean(0), x[front].std(0).clamp(min=1e-6)
-    for nets in training_nets((views - centre)/spread, front, n_parts - 1, across, steps, generator(seed, 'name')): pass
+    if n_parts == 2: steps = 1  # the part is the foreground
+    n_labels = min(2*(n_parts - 1), 32)  # together the networks tell more apart than any of them
+    for nets in training_nets((views - centre)/spread, front, n_labels, across, steps, generator(seed, 'name')): pass
     nets |= dict(w1=nets['w1']/spread[:, None], b1=nets['b1'] - (centre/spread)[None] @ nets['w1'])
     named = Learned(parts.encoder, parts.blocks, **parts.state, **nets, centres=consensus(nets, x[front], n_parts - 1, seed))
     if n_parts > 2: refuse_collapse(named.label(x[front]).bincount(minlength=n_parts - 1)/front.sum())
@@ -220,7 +222,7 @@ def learn_parts(images,          # (N,C,H,W) bytes: a thousand or two are enough
                 share=.35,       # of all cells called foreground
                 across=.8,       # weight of what labels tell over all images, against within each
                 pastes=2,        # views on other backgrounds
-                steps=600,
+                steps=300,
                 seed=0):
     "Semantic parts, learned without labels"
     cells = next(tokens(encoder, images[:1], [None]))[0, ..., 0, 0].numel()

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['lr_at', 'check_whole', 'Shuffled', 'world', 'join', 'complaint', 'launch', 'run_key', 'Checkpoint', 'check_finite',
-           'enough_memory', 'clock', 'check_scale', 'check_schedule', 'make_optimizer', 'run_epochs', 'plot_loss',
-           'run_process']
+           'enough_memory', 'clock', 'check_scale', 'check_schedule', 'run_epochs', 'plot_loss', 'run_process']
 
 # %% ../nbs/09_train.ipynb #818a9562
 import hashlib, inspect, json, math, os, subprocess, sys, tempfile, time
@@ -15,7 +14,6 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np, timm, torch
-from timm.optim import create_optimizer_v2
 from torch import distributed as dist
 
 from .core import SemmaeError, atomic, check, die_with_parent, generator
@@ -163,13 +161,6 @@ def check_schedule(of, epochs, **real):
     "Parameters that measure something, and a warm-up that ends"
     for k, v in real.items(): check(type(v) in (int, float) and v >= 0, f"`{of}.{k}` is {v!r}: choose a number, at least 0")
     check(real['warmup_epochs'] <= epochs, f"`{of}.warmup_epochs` is {real['warmup_epochs']} of {epochs} epochs: choose at most as many as `{of}.epochs`")
-
-def make_optimizer(model, optimizer, **kw):
-    "An optimiser of timm's from its name, or its name and options"
-    options = dict(opt=optimizer) if isinstance(optimizer, str) else optimizer
-    try: return create_optimizer_v2(model, **kw, **options)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as e:
-        raise SemmaeError(f"timm cannot make the optimiser {optimizer!r} ({e}): correct its name and options") from e
 
 # %% ../nbs/09_train.ipynb #07aa3249
 def run_epochs(learn,         # from the batch of a step; this process's share of its loss
