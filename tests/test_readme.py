@@ -29,7 +29,7 @@ def test_the_two_commands():
     run = (ROOT/'.ci/run').read_text()
     assert 'README.md' in run and "endswith('pytest')" in run
 
-SHORT = [c for c in BASH[2:] if not c.startswith(('jupyter', 'nbdev_test')) and 'masking.ratio' not in c]  # test_comparing_runs varies the ratio
+SHORT = [c for c in BASH[2:] if not c.startswith(('jupyter', 'nbdev_test')) and 'masking.ratio' not in c]  # test_comparing_runs in test_pipeline.py varies the ratio
 
 @pytest.mark.parametrize('command', SHORT)
 def test_command(project, command, tmp_path, monkeypatch):
@@ -41,7 +41,7 @@ def test_command(project, command, tmp_path, monkeypatch):
         command += ' -S profiles.smoke.pretrain.batch=16'
     if 'cifar10' in command:  # needs the network: that DVC finds every stage and parameter is what can be shown here
         command = 'sed -i "s/^profile: smoke/profile: cifar10/" params.yaml && dvc repro --dry'
-    if 'source=given' in command: command += ' pretrain'   # the stages that differ; test_comparing_runs goes to the end
+    if 'source=given' in command: command += ' pretrain'   # the stages that differ; photos go to the end
     if 'ablate=' in command: command += ' report'
     sh(project, small(command))
     if 'photos' in command: assert 'no classes' in (project/'runs/report/index.html').read_text()
