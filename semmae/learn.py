@@ -16,7 +16,7 @@ from sklearn.cluster import KMeans
 from torch.nn import functional as F
 
 from .core import atomic, check, generator
-from .vit import encoder_key, look_at, prepare, read_weights
+from .vit import check_parts, encoder_key, look_at, prepare, read_weights
 
 # %% ../nbs/05_learn.ipynb #c73a7832
 def tokens(encoder, images, blocks, batch=50):
@@ -225,6 +225,5 @@ def learn_parts(images,          # (N,C,H,W) bytes: a thousand or two are enough
                 steps=300,
                 seed=0):
     "Semantic parts, learned without labels"
-    cells = next(tokens(encoder, images[:1], [None]))[0, ..., 0, 0].numel()
-    check(type(n_parts) is int and 1 < n_parts <= min(cells, 256), f"`parts.n_parts` is {n_parts!r}: choose a number from 2 to the {cells} cells that the encoder sees of an image (at most 256), or raise `teacher.image`")
+    check_parts(n_parts, next(tokens(encoder, images[:1], [None])))
     return name_parts(*look_closely(images, encoder, blocks, share, pastes, seed), n_parts, across, steps, seed)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .core import check, generator
-from .vit import look, prepare
+from .vit import check_parts, look, prepare
 
 # %% ../nbs/04_paper.ipynb #15bd069f
 def heard(encoder, images, block=None, batch=50):
@@ -82,7 +82,7 @@ def learning_parts(images, encoder, n_parts=6, block=None, diversity=1., steps=4
     gen = generator(seed, 'paper')
     whole, patches = heard(encoder, images, block)
     (h, w), dim = patches.shape[1:3], whole.shape[1]
-    check(type(n_parts) is int and 1 < n_parts <= min(h*w, 256), f"`parts.n_parts` is {n_parts!r}: choose a number from 2 to the {h*w} cells that the encoder sees of an image (at most 256), or raise `teacher.image`")
+    check_parts(n_parts, patches)
     doublings = max(k for k in range(3) if k == 0 or h*2**k <= images.shape[2])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**40, (), generator=gen)))

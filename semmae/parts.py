@@ -25,7 +25,7 @@ from .core import best_device, check, file_hash, generator, read_params, write_j
 from .data import SPLITS, Stream, check_labels, load_images, read_maps, whole_parts, write_maps
 from .learn import learn_parts
 from .paper import learn_paper_parts
-from .vit import Seen, gather, load_encoder, look_at, prepare
+from .vit import Seen, check_parts, gather, load_encoder, look_at, prepare
 
 # %% ../nbs/06_parts.ipynb #2a655fd5
 def agreement(pred, true): # labels of the same cells, flat
@@ -198,8 +198,7 @@ class Looking:
     "A source that looks through an encoder"
     def __init__(self, encoder, images, source, block=None, foreground_block=None, seed=0, **options):
         self.encoder, self.blocks, n_parts = encoder, [block, foreground_block], options.get('n_parts', 1)
-        h, w = look_at(encoder, images[:1], self.blocks)[0].patches.shape[1:3]
-        check(type(n_parts) is int and 0 < n_parts <= min(h*w, 256), f"`parts.n_parts` is {n_parts!r}: choose a number up to the {h*w} cells that the encoder sees of an image (at most 256), or raise `teacher.image`")
+        check_parts(n_parts, look_at(encoder, images[:1], self.blocks)[0].patches, least=1)
         fitted_on = () if source == 'heads' else cells(encoder, images, self.blocks, seed=seed)
         self.labels = SOURCES[source](*fitted_on, seed=seed, **options)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TAB', 'COLOURS', 'STYLE', 'show_rows', 'paint_parts', 'show_parts', 'show_regions', 'percent', 'show_dots', 'text',
-           'heading', 'table', 'figure', 'page']
+           'heading', 'table', 'picture', 'figure', 'page']
 
 # %% ../nbs/14_show.ipynb #bcb80e3a
 import base64, html, io
@@ -107,6 +107,12 @@ def table(rows,       # lists of cells; HTML is kept
     head = f'<thead>{row(header, "th")}</thead>' if header else ''
     return f'<div class="wide"><table>{head}<tbody>' + ''.join(row(r, 'td') for r in rows) + '</tbody></table></div>'
 
+def picture(png, # bytes
+            caption):
+    "A picture as HTML"
+    data = base64.b64encode(png).decode()
+    return f'<figure><img src="data:image/png;base64,{data}" alt="{html.escape(caption)}"><figcaption>{html.escape(caption)}</figcaption></figure>'
+
 def figure(fig,      # a matplotlib figure, closed when done
            caption,
            path=None): # also keep it as PNG here
@@ -115,8 +121,7 @@ def figure(fig,      # a matplotlib figure, closed when done
     fig.savefig(buf, format='png', bbox_inches='tight')
     if path: save_figure(path, fig)
     plt.close(fig)
-    data = base64.b64encode(buf.getvalue()).decode()
-    return f'<figure><img src="data:image/png;base64,{data}" alt="{html.escape(caption)}"><figcaption>{html.escape(caption)}</figcaption></figure>'
+    return picture(buf.getvalue(), caption)
 
 def page(title, blocks):
     "A whole HTML page"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sincos', 'init_mae', 'plain', 'make_encoder', 'encoder_of', 'remember', 'pixels_of', 'gather', 'encode', 'autocast',
            'prepare', 'save_encoder', 'read_weights', 'load_encoder', 'encoder_key', 'open_encoder', 'tells_of_itself',
-           'check_image', 'resize', 'download', 'fill', 'Seen', 'look_at', 'look', 'received']
+           'check_image', 'resize', 'download', 'fill', 'Seen', 'look_at', 'look', 'received', 'check_parts']
 
 # %% ../nbs/02_vit.ipynb #5edaea0a
 import hashlib, json
@@ -243,3 +243,8 @@ def received(block, x, who):
     attn = block.attn
     q, k, _ = attn.qkv(block.norm1(x)).unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B,heads,N,d)
     return (attn.q_norm(q[:, :, who])*attn.scale @ attn.k_norm(k).mT).softmax(-1).mean(2)
+
+def check_parts(n_parts, patches, least=2): # (B,h,w,…)
+    "A number of parts that the cells which an encoder sees can hold"
+    cells = patches.shape[1:3].numel()
+    check(type(n_parts) is int and least <= n_parts <= min(cells, 256), f"`parts.n_parts` is {n_parts!r}: choose a number from {least} to the {cells} cells that the encoder sees of an image (at most 256), or raise `teacher.image`")
