@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from .core import check, generator
-from .vit import check_parts, look, prepare
+from .data import some_images
+from .vit import border, check_parts, look, prepare
 
 # %% ../nbs/04_paper.ipynb #15bd069f
 def heard(encoder, images, block=None, batch=50):
@@ -72,6 +73,14 @@ class PaperParts:
         return maps, (self.decoder(maps, whole)*127.5 + 127.5).round().clamp(0, 255).byte()
 
     @torch.no_grad()
+    def put_first(self, part):
+        "Make one of the maps the first"
+        last, conv = self.maps.embed[2], self.decoder.convs[0]
+        order = [part, *(k for k in range(conv.in_channels) if k != part)]
+        for w in last.weight, last.bias: w.copy_(w.unflatten(0, (len(order), -1))[order].flatten(0, 1))
+        conv.weight.copy_(conv.weight[:, order])
+
+    @torch.no_grad()
     def predict(self, images): # (B,C,H,W), bytes
         "Labels (B,h,w)"
         return torch.cat([self.maps(*heard(self.encoder, imgs, self.block)).argmax(1) for imgs in images.split(50)])
@@ -105,8 +114,10 @@ def learn_paper_parts(images, encoder, n_parts=6, block=None,
                       diversity=1., # weight of the loss that keeps maps apart
                       steps=400, seed=0):
     "Parts learned as the paper does"
+    images = some_images(images, seed)
     for parts in learning_parts(images, encoder, n_parts, block, diversity, steps, seed): pass
-    labels = parts.predict(images).flatten()
-    held = labels.bincount(minlength=n_parts)/len(labels)
-    check(held.min() > .002 and held.max() < .95, f"the parts have collapsed: one label holds {100*held.min():.1f} % of all cells and one {100*held.max():.1f} %; raise `parts.diversity`, choose a smaller `parts.n_parts`, or give more images")
+    labels = parts.predict(images)
+    parts.put_first(int(labels[:, border(*labels.shape[1:], labels.device)].flatten().bincount(minlength=n_parts).argmax()))
+    held = labels.flatten().bincount(minlength=n_parts)/labels.numel()
+    check(held.min() > .002 and held.max() < .9, f"the parts have collapsed: one label holds {100*held.min():.1f} % of all cells and one {100*held.max():.1f} %; raise `parts.diversity`, choose a smaller `parts.n_parts`, or give more images")
     return parts

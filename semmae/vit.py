@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sincos', 'init_mae', 'plain', 'make_encoder', 'encoder_of', 'remember', 'pixels_of', 'gather', 'encode', 'autocast',
            'prepare', 'save_encoder', 'read_weights', 'load_encoder', 'encoder_key', 'open_encoder', 'tells_of_itself',
-           'check_image', 'resize', 'download', 'fill', 'Seen', 'look_at', 'look', 'received', 'check_parts']
+           'check_image', 'resize', 'download', 'fill', 'Seen', 'look_at', 'look', 'received', 'border', 'check_parts']
 
 # %% ../nbs/02_vit.ipynb #5edaea0a
 import hashlib, json
@@ -219,6 +219,7 @@ def look_at(vit,
             blocks): # counted from 1; None: the last
     "What the encoder says of images at some of its blocks, tokens after the last norm"
     blocks, n, out = [len(vit.blocks) if k is None else k for k in blocks], vit.num_prefix_tokens, {}
+    check(images.dtype == torch.uint8 and images.ndim == 4, f"the encoder looks at images as bytes (B,C,H,W) and these are {images.dtype} {tuple(images.shape)}: give them as `load_images` does")
     for k in blocks: check(type(k) is int and 1 <= k <= len(vit.blocks), f"the encoder has {len(vit.blocks)} blocks: choose among them, not {k!r}, for `parts.block`, `parts.blocks` and `parts.foreground_block`")
     check(all(type(b) is Block and type(b.attn) is Attention for b in vit.blocks), f"the attention in blocks of {type(vit.blocks[0]).__name__} and {type(getattr(vit.blocks[0], 'attn', None)).__name__} cannot be read: choose another `teacher.name`, one of timm's plain `vit_*`")
     check(min(images.shape[2:]) >= vit.patch_embed.patch_size[0], f"images of {images.shape[2]}×{images.shape[3]} are smaller than the encoder's patches of {vit.patch_embed.patch_size[0]}: raise `data.size`, or choose another `teacher`")
@@ -243,6 +244,12 @@ def received(block, x, who):
     attn = block.attn
     q, k, _ = attn.qkv(block.norm1(x)).unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B,heads,N,d)
     return (attn.q_norm(q[:, :, who])*attn.scale @ attn.k_norm(k).mT).softmax(-1).mean(2)
+
+def border(h, w, device='cpu'):
+    "Which cells of a grid lie at its border, (h,w)"
+    edge = torch.ones(h, w, dtype=torch.bool, device=device)
+    edge[1:-1, 1:-1] = False
+    return edge
 
 def check_parts(n_parts, patches, least=2): # (B,h,w,…)
     "A number of parts that the cells which an encoder sees can hold"

@@ -119,6 +119,22 @@ def test_two_parts_are_foreground_and_background(planted):
     assert ((maps == 1) == (encoder.truth[30:] > 0)).float().mean() > .95 and maps.max() == 1
 
 
+def test_a_collapse_is_said(planted, monkeypatch):
+    encoder, images = planted
+    monkeypatch.setattr('semmae.learn.consensus', lambda nets, x, n_labels, seed: torch.full((n_labels, nets['b2'].shape[0]*nets['b2'].shape[2]), 1e3).index_fill(0, torch.tensor([1]), 0))
+    with pytest.raises(SemmaeError, match='the parts have collapsed: one label holds 0.0 % of the foreground and one 100.0 %'): learn_parts(images[:30], encoder, n_parts=4, pastes=0, steps=5, share=.3)
+
+
+def test_of_many_images_some_are_looked_at(planted, monkeypatch):
+    encoder, images = planted
+    looked = []
+    monkeypatch.setattr('semmae.learn.look_closely', lambda images, *rest: looked.append(images) or (None,)*4)
+    monkeypatch.setattr('semmae.learn.name_parts', lambda *args: None)
+    monkeypatch.setattr('semmae.data.FIT', 7)
+    learn_parts(images, encoder, n_parts=4)
+    assert looked[0].shape == (7, 3, 16, 16) and len(set(looked[0][:, 0, 0, 0].tolist())) == 7
+
+
 def test_the_same_seed_learns_the_same(planted):
     encoder, images = planted
     one, again, other = (learn_parts(images, encoder, n_parts=4, pastes=0, steps=10, share=.3, seed=s).state for s in (0, 0, 1))
@@ -203,5 +219,8 @@ def test_the_papers_way_by_value_and_its_collapse(painted, monkeypatch):
     one, again, other = (learn_paper_parts(images, encoder, **options, seed=s).maps.state_dict() for s in (0, 0, 1))
     assert all(torch.equal(one[k], again[k]) for k in one) and not all(torch.equal(one[k], other[k]) for k in one)
     assert torch.cat(list(make_parts(dict(train=ImageSet(images), test=ImageSet(images[:8])), 'paper', encoder, **options)['test'])).shape == (8, 8, 8)
+    labels = learn_paper_parts(images, encoder, **options).predict(images)
+    edge = torch.cat([labels[:, [0, -1]].flatten(), labels[:, 1:-1, [0, -1]].flatten()])
+    assert edge.mode().values == 0, 'what holds most of the border comes first'
     monkeypatch.setattr(PaperParts, 'predict', lambda self, images: torch.zeros(len(images), 8, 8, dtype=torch.long))
     with pytest.raises(SemmaeError, match='the parts have collapsed: one label holds 0.0 % of all cells and one 100.0 %'): learn_paper_parts(images, encoder, **options)
