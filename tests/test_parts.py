@@ -315,3 +315,9 @@ def test_the_parameter_that_names_a_wrong_block_is_named():
     encoder = make_encoder(image=(32, 32), patch_size=8, embed_dim=32, depth=2, num_heads=2)
     with pytest.raises(SemmaeError, match='2 blocks: choose among them, not 9, for `parts.block`, `parts.blocks` and `parts.foreground_block`'):
         open_parts('two_level', encoder, torch.zeros(6, 3, 32, 32, dtype=torch.uint8), n_parts=2, foreground_block=9)
+
+
+def test_an_image_whose_parts_are_smaller_than_a_cell_is_no_failure():
+    true, maps = torch.zeros(2, 32, 32, dtype=torch.uint8), torch.zeros(2, 8, 8, dtype=torch.uint8)
+    true[0, :2, :2] = true[1, :16] = maps[1, :, :4] = 1
+    assert hardest(maps, true).tolist() == [1, 0]
