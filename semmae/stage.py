@@ -16,6 +16,7 @@ def run_stage(name,         # a notebook of nbs/pipeline
               profile='',   # a profile of params.yaml; empty: the notebook's own choice
               ablation=''): # what is changed, for a stage that wants to know
     "Run a stage's notebook from the project's folder"
+    sys.modules.setdefault('rfc3987_syntax', None)  # jsonschema would build a grammar of web addresses for seconds, and no notebook needs it
     try:
         import papermill
         from nbclient.exceptions import DeadKernelError
