@@ -207,7 +207,7 @@ def decode(src, i, size, channels=3):
             im = ImageOps.fit(im, size[::-1], Image.BICUBIC)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise SemmaeError(f"{src.names[i]} is not an image that can be read ({e}): replace or remove it") from e
-    return np.asarray(im).reshape(*size, channels).transpose(2, 0, 1)
+    return np.ascontiguousarray(np.asarray(im).reshape(*size, channels).transpose(2, 0, 1))  # laid out as shaped: sums of other orders differ in their last digit
 
 def workers():
     "A pool of this process's share of the cores; Pillow decodes in threads side by side"

@@ -162,16 +162,16 @@ def segment(encoder, images, parts,  # (N,h,w)
 
 # %% ../nbs/12_finetune.ipynb #9a3c2752
 def linear_head(encoder, train, val, # ImageSets with parts
-                n_parts, penalties=(1e-4, 1e-3, 1e-2), seed=0, tokens=100_000):
+                n_parts, penalties=(1e-2, 1e-3, 1e-4), seed=0, tokens=100_000):
     "The encoder, frozen, with the linear head at every patch that finds most on val"
     ids = torch.randperm(len(train), generator=generator(seed, 'linear head'))[:max(1, tokens//encoder.patch_embed.num_patches)].to(train.images.device)
     x = features(encoder, ImageSet(train.images[ids]), patches=True)['patch'].flatten(0, 1)
     held = F.one_hot(train.parts[ids].long(), n_parts).movedim(3, 1).float()
     held = F.interpolate(held, tuple(encoder.patch_embed.grid_size), mode='area').movedim(1, 3).flatten(0, 2)
     mean, std = x.mean(0), x.std(0) + 1e-6
-    best, w = (-1., None), None
-    for penalty in sorted(penalties, reverse=True):
-        w = fit_linear((x - mean)/std, held, penalty, w)
+    best = -1., None
+    for penalty in penalties:
+        w = fit_linear((x - mean)/std, held, penalty)
         model = with_head(encoder, n_parts, '')
         weight = w[:-1]/std[:, None]
         model.head.weight.data, model.head.bias.data = weight.T.contiguous(), w[-1] - mean @ weight

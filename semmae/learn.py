@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from sklearn.cluster import KMeans
 from torch.nn import functional as F
 
-from .core import atomic, check, generator
+from .core import atomic, check, check_whole, generator
 from .data import some_images
 from .vit import border, check_parts, encoder_key, look_at, prepare, read_weights
 
@@ -205,9 +205,6 @@ def consensus(nets, x, n_labels, seed):
 # %% ../nbs/05_learn.ipynb #3ef310dd
 def look_closely(images, encoder, blocks=None, share=.35, pastes=2, seed=0):
     "The foreground, learned, and what there is to name: the cells of all images, which of them are foreground, all their views"
-    check(type(share) in (int, float) and 0 < share < 1, f"`parts.share` is {share!r}: choose a share between 0 and 1")
-    check(type(pastes) is int and pastes >= 0, f"`parts.pastes` is {pastes!r}: choose a whole number of views, at least 0")
-    check(blocks is None or isinstance(blocks, list) and blocks, f"`parts.blocks` is {blocks!r}: write a list of blocks, such as [4, 5, 6]")
     gen, last = generator(seed, 'look'), len(encoder.blocks)
     parts = Learned(encoder, blocks or list(range(max(1, last - 2), last + 1)))
     x, front = find_foreground(parts, images, share, gen)
@@ -215,8 +212,6 @@ def look_closely(images, encoder, blocks=None, share=.35, pastes=2, seed=0):
 
 def name_parts(parts, x, front, views, n_parts=6, across=.8, steps=300, seed=0): # from `look_closely`
     "Parts whose labels tell much of their neighbours'"
-    check(type(across) in (int, float) and 0 <= across <= 1, f"`parts.across` is {across!r}: choose a weight from 0 to 1")
-    check(type(steps) is int and steps > 0, f"`parts.steps` is {steps!r}: choose a whole number, at least 1")
     n_labels = min(math.ceil(1.5*(n_parts - 1)), 32)  # together the networks tell more apart than any of them
     if n_parts == 2: steps = 1                        # the part is the foreground
     for nets in training_nets(views, front, n_labels, across, steps, generator(seed, 'name')): pass
@@ -234,6 +229,11 @@ def learn_parts(images,          # (N,C,H,W) bytes or a Stream; at most 1,500 ar
                 steps=300,
                 seed=0):
     "Semantic parts, learned without labels"
+    check(blocks is None or isinstance(blocks, list) and blocks, f"`parts.blocks` is {blocks!r}: write a list of blocks, such as [4, 5, 6]")
+    check(type(share) in (int, float) and 0 < share < 1, f"`parts.share` is {share!r}: choose a share between 0 and 1")
+    check(type(across) in (int, float) and 0 <= across <= 1, f"`parts.across` is {across!r}: choose a weight from 0 to 1")
+    check(type(pastes) is int and pastes >= 0, f"`parts.pastes` is {pastes!r}: choose a whole number of views, at least 0")
+    check_whole('parts', steps=steps)
     images = some_images(images, seed)
     check(len(images) > 1, f"parts are what images have in common, and of images there are {len(images)}: give more")
     check_parts(n_parts, next(tokens(encoder, images[:1], [None])))

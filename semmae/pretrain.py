@@ -15,12 +15,12 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 
-from .core import SemmaeError, best_device, check, file_hash, generator, read_params, write_csv, write_json
+from .core import SemmaeError, best_device, check, check_whole, file_hash, generator, read_params, write_csv, write_json
 from .data import check_labels, crop, crop_parts, load_images, normalize, random_boxes, random_flips, read_maps
 from .evaluate import enough_labels
 from .mae import MAE, save_mae
 from .masking import MAX_PARTS, check_kind, find_strategy
-from .train import Checkpoint, Shuffled, check_scale, check_schedule, check_whole, enough_memory, join, lr_at, run_epochs, run_key, run_process, world
+from .train import Checkpoint, Shuffled, check_scale, check_schedule, enough_memory, join, lr_at, run_epochs, run_key, run_process, world
 from .vit import autocast, encoder_of, prepare
 
 # %% ../nbs/10_pretrain.ipynb #6f8e8422

@@ -20,10 +20,10 @@ from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from .core import best_device, check, draw, file_hash, generator, read_params, write_csv, write_json
+from .core import best_device, check, check_whole, draw, file_hash, generator, read_params, write_csv, write_json
 from .data import crop, load_images, normalize, random_boxes, random_flips
 from .evaluate import accuracy, compare, enough_labels, features, knn, whiten
-from .train import Checkpoint, Shuffled, check_scale, check_schedule, check_whole, enough_memory, join, lr_at, run_epochs, run_key, world
+from .train import Checkpoint, Shuffled, check_scale, check_schedule, enough_memory, join, lr_at, run_epochs, run_key, world
 from .vit import autocast, check_image, encode, encoder_of, open_encoder, prepare, resize, save_encoder
 
 # %% ../nbs/03_teacher.ipynb #083d8594

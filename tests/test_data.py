@@ -161,6 +161,7 @@ def test_a_stream_is_the_tensor_and_knows_its_files(tmp_path):
         stream, = (d.images for d in load_images(source, ['train'], size=(24, 32), stream=True))
         memory, = (d.images for d in load_images(source, ['train'], size=(24, 32), stream=False))
         assert torch.equal(torch.cat(list(stream.split(7))), memory)
+        assert stream[torch.arange(3)].is_contiguous(), "and laid out alike, so that what is summed is summed in one order"
     before, again = (load_images(tmp_path, ['train'], size=(24, 32), stream=True)[0].images for _ in range(2))
     key, path = before.key(), before.src.names[before.all[3]]
     assert again.key() == key

@@ -243,7 +243,7 @@ def training_stages(root):
 def test_several_processes(done, monkeypatch):
     "The stages that train do in two processes what they do in one"
     project, _ = done
-    found = lambda: {f: json.loads((project/f'runs/metrics/{f}.json').read_text()) for f in ('pretrain', 'ablate/inter', 'finetune', 'segment')}
+    found = lambda: {f: json.loads((project/f'runs/metrics/{f}.json').read_text()) for f in ('teacher', 'pretrain', 'ablate/inter', 'finetune', 'segment')}
     before = found()
     for f in before: (project/f'runs/metrics/{f}.json').unlink()
     monkeypatch.setenv('PYTHONPATH', f'{project}:{Path(__file__).parent}')
