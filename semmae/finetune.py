@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODULES', 'with_head', 'Labelled', 'learn_labels', 'mixing', 'finetune', 'outputs', 'classified', 'at_cells',
-           'segmented', 'part_iou', 'segment', 'linear_head', 'contenders', 'options_of', 'learn_each',
+           'segmented', 'part_iou', 'segment', 'linear_head', 'contenders', 'options_of', 'learn_each', 'tune',
            'finetune_stage', 'segment_stage']
 
 # %% ../nbs/12_finetune.ipynb #395d2751
@@ -195,7 +195,7 @@ def options_of(name, f, cfg):
 
 # %% ../nbs/12_finetune.ipynb #5baf77d0
 def learn_each(name, learn, # (name, encoder, checkpoint) -> what to tell
-               cfg, images, # those whose labels are learned from
+               cfg, labelled, # how many images' labels are learned from
                test, root):
     "Every contender learns; what is told of each goes to runs/metrics"
     encoders, hashes = contenders(root, cfg['seed'])
@@ -203,7 +203,15 @@ def learn_each(name, learn, # (name, encoder, checkpoint) -> what to tell
     for k, encoder in encoders.items():
         if world()[0] == 0: print(k)
         rows[k] = learn(k, encoder, Path(root)/f'runs/unfinished/{name}.{k}.pt')
-    if world()[0] == 0: write_json(f'{root}/runs/metrics/{name}.json', dict(split='test', images=len(test), labelled=len(images), seed=cfg['seed'], checkpoints=hashes, encoders=rows))
+    if world()[0] == 0: write_json(f'{root}/runs/metrics/{name}.json', dict(split='test', images=len(test), labelled=labelled, seed=cfg['seed'], checkpoints=hashes, encoders=rows))
+
+def tune(cfg, encoder, train, test, # ImageSets
+         checkpoint=None, log=print):
+    "What an encoder, fine-tuned as a profile says, calls the test images, and its last loss"
+    (share, options), names = options_of('finetune', finetune, cfg), train.classes['class']
+    ids = few_labels(train.targets['class'], share, cfg['seed'], names)
+    model, history = finetune(encoder, train.images[ids], train.targets['class'][ids], len(names), **options, seed=cfg['seed'], checkpoint=checkpoint, log=log)
+    return classified(model, test.images), history[-1]['loss']
 
 def finetune_stage(root, profile=None):
     "Fine-tune on the classes of some training images as a profile of params.yaml says, results in runs/finetune"
@@ -212,16 +220,12 @@ def finetune_stage(root, profile=None):
     device = join(best_device())
     train, test = (d.to(device) for d in load_images(**cfg['data'], splits=['train', 'test'], root=root))
     if not train.targets: return write_json(f'{root}/runs/metrics/finetune.json', {})
-    names, true = train.classes['class'], test.targets['class']
-    share, options = options_of('finetune', finetune, cfg)
-    ids = few_labels(train.targets['class'], share, cfg['seed'], names)
-    images, classes, said = train.images[ids], train.targets['class'][ids], {}
+    names, true, said = train.classes['class'], test.targets['class'], {}
     def learn(name, encoder, checkpoint):
-        model, history = finetune(encoder, images, classes, len(names), **options, seed=cfg['seed'], checkpoint=checkpoint)
-        pred = classified(model, test.images)
+        pred, loss = tune(cfg, encoder, train, test, checkpoint)
         said[name] = pred.tolist()
-        return dict(accuracy=accuracy(pred, true), loss=history[-1]['loss'])
-    learn_each('finetune', learn, cfg, images, test, root)
+        return dict(accuracy=accuracy(pred, true), loss=loss)
+    learn_each('finetune', learn, cfg, len(few_labels(train.targets['class'], cfg['finetune']['labels'], cfg['seed'], names)), test, root)
     if world()[0] == 0: write_json(out/'said.json', dict(names=names, true=true.tolist()) | said)
 
 def segment_stage(root, profile=None):
@@ -240,6 +244,6 @@ def segment_stage(root, profile=None):
         found = dict(frozen=segmented(linear_head(encoder, some, val, n_parts, seed=cfg['seed']), test.images, size), tuned=segmented(model, test.images, size))
         maps.update({f'{name} {k}': m[:8].byte().cpu().numpy() for k, m in found.items()})
         return {k: part_iou(m, test.parts, n_parts).nanmean().item() for k, m in found.items()}
-    learn_each('segment', learn, cfg, some, test, root)
+    learn_each('segment', learn, cfg, len(some), test, root)
     if world()[0] > 0: return
     with atomic(out/'maps.npz') as tmp, open(tmp, 'wb') as f: np.savez_compressed(f, **maps)
