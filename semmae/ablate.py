@@ -24,7 +24,7 @@ from .parts import looks, make_parts
 from .pretrain import train_mae
 from .teacher import open_teacher
 from .train import join, world
-from .vit import encoder_key, encoder_of, load_encoder, save_encoder
+from .vit import encoder_key, fresh_encoder, load_encoder, save_encoder
 
 # %% ../nbs/13_ablate.ipynb #5722dda0
 def teacher_of(cfg, base, root):
@@ -75,7 +75,7 @@ def ablate_stage(root, profile, ablation):
     save_encoder(mae.encoder, file := out/'encoder.safetensors')
     write_json(metrics, dict(split='test', images=len(splits[2]), seed=cfg['seed'], checkpoint=file_hash(file), **scores))
 
-# %% ../nbs/13_ablate.ipynb #73537e03
+# %% ../nbs/13_ablate.ipynb #46dbb847
 @cache
 def splits_of(root, data): return [d.to(best_device()) for d in load_images(**json.loads(data), root=root)]
 
@@ -89,7 +89,7 @@ def run_row(root, profile, entry, seed, times=1, tuned=False):
     base, cfg = (read_params(f'{root}/params.yaml', profile, of) | dict(seed=seed) for of in (None, None if entry in ('main', 'scratch') else entry))
     cfg['pretrain'] = cfg['pretrain'] | dict(epochs=times*cfg['pretrain']['epochs'])
     splits, scores, quiet = splits_of(root, json.dumps(cfg['data'])), {}, lambda line: None
-    if entry == 'scratch': encoder = encoder_of('encoder', dict(image=cfg['data']['size']) | cfg['encoder'], splits[0].images.shape[1], seed)
+    if entry == 'scratch': encoder = fresh_encoder(cfg)
     else:
         reason = entry != 'main' and left_out(cfg, base, splits[0])
         check(not reason, f"{entry} is left out: {reason}")
@@ -100,7 +100,7 @@ def run_row(root, profile, entry, seed, times=1, tuned=False):
     config = {k: cfg[k] for k in ('teacher', 'parts', 'encoder', 'decoder', 'pretrain', *(['finetune'] if tuned else []))}
     return about | scores | dict(config=config, commit=commit_of(root), device=device_name(splits[0].images.device), seconds=round(time.time() - start, 1))
 
-# %% ../nbs/13_ablate.ipynb #753dac86
+# %% ../nbs/13_ablate.ipynb #05313afc
 def row_key(row): return row['entry'], row['seed'], row.get('times', 1), row.get('tuned', False)
 
 def read_rows(file):
@@ -124,7 +124,7 @@ def run_rows(rows, file, root, profile,
                 with open(file, 'a') as f: f.write(json.dumps(line) + '\n')
                 print(f"{k}/{len(todo)}  {line['entry']}, seed {line['seed']}  {line['seconds']:.0f} s")
 
-# %% ../nbs/13_ablate.ipynb #914e5620
+# %% ../nbs/13_ablate.ipynb #851c3026
 def by_seed(rows, score, # a line -> a number, or None
             entry, times=1, tuned=False):
     "An entry's scores by seed"
@@ -140,7 +140,7 @@ def ahead(one, other): # from `by_seed`
     d = [one[s] - other[s] for s in one if s in other]
     return (np.mean(d), half_interval(d)) if d else (math.nan, math.nan)
 
-# %% ../nbs/13_ablate.ipynb #e14e308b
+# %% ../nbs/13_ablate.ipynb #f60da6fe
 def print_ahead(rows, entries, scores, # name -> a function of a line
                 beside={}, base='random', **kw):
     "Means over seeds, and what they are ahead of another entry by, `*` where that interval misses zero"

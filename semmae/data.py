@@ -173,7 +173,7 @@ def sheet_source(path,
     return Source([f'{path}/{s}.jpg#{k}' for s, k in place], [s for s, _ in place], lambda i: cut(pixels[place[i][0]], place[i][1]),
                   [path/f'{s}.jpg' for s in count], [r['class'] for r in rows], lambda c: c.split('-')[0], lambda i: np.asarray(cut(parts[place[i][0]], place[i][1])))
 
-# %% ../nbs/01_data.ipynb #e7ca06d9
+# %% ../nbs/01_data.ipynb #ca528887
 CIFAR10 = 'airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck'
 
 def cifar_source(path):

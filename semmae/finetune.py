@@ -23,7 +23,7 @@ from .core import atomic, best_device, check, file_hash, generator, read_params,
 from .data import ImageSet, crop, crop_parts, load_images, normalize, random_boxes, random_flips
 from .evaluate import accuracy, features, few_labels, fit_linear
 from .train import Checkpoint, Shuffled, check_scale, check_schedule, enough_memory, join, lr_at, run_epochs, run_key, world
-from .vit import autocast, encoder_key, load_encoder, make_encoder, pixels_of, plain, prepare, remember
+from .vit import autocast, encoder_key, fresh_encoder, load_like, pixels_of, plain, prepare, remember
 
 # %% ../nbs/12_finetune.ipynb #b25c97de
 def with_head(encoder, n_out,
@@ -180,12 +180,12 @@ def linear_head(encoder, train, val, # ImageSets with parts
     return best[1]
 
 # %% ../nbs/12_finetune.ipynb #1e2d9442
-def contenders(root, seed):
+def contenders(root, cfg):
     "Encoders to compare, and the hashes of their files, by name"
+    scratch = fresh_encoder(cfg)
     files = {k: Path(root)/f'runs/{folder}/encoder.safetensors' for k, folder in dict(mae='pretrain', random='ablate/random').items()}
     files = {k: f for k, f in files.items() if f.exists()}
-    found = {k: load_encoder(f) for k, f in files.items()}
-    return found | dict(scratch=make_encoder(**found['mae'].recipe, seed=seed)), {k: file_hash(f) for k, f in files.items()}
+    return {k: load_like(f, scratch) for k, f in files.items()} | dict(scratch=scratch), {k: file_hash(f) for k, f in files.items()}
 
 def options_of(name, f, cfg):
     "The labels to learn from and the options of `f` that a block of params.yaml gives"
@@ -198,7 +198,7 @@ def learn_each(name, learn, # (name, encoder, checkpoint) -> what to tell
                cfg, labelled, # how many images' labels are learned from
                test, root):
     "Every contender learns; what is told of each goes to runs/metrics"
-    encoders, hashes = contenders(root, cfg['seed'])
+    encoders, hashes = contenders(root, cfg)
     rows = {}
     for k, encoder in encoders.items():
         if world()[0] == 0: print(k)

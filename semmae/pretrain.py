@@ -21,7 +21,7 @@ from .evaluate import enough_labels
 from .mae import MAE, save_mae
 from .masking import MAX_PARTS, check_kind, find_strategy
 from .train import Checkpoint, Shuffled, check_scale, check_schedule, enough_memory, join, lr_at, run_epochs, run_key, run_process, world
-from .vit import autocast, encoder_of, prepare
+from .vit import autocast, fresh_encoder, prepare
 
 # %% ../nbs/10_pretrain.ipynb #6f8e8422
 class Batches(Shuffled):
@@ -155,8 +155,7 @@ def pretrain(mae,
 # %% ../nbs/10_pretrain.ipynb #8acde6be
 def train_mae(cfg, images, guide, checkpoint=None, log=print):
     "The autoencoder that a profile of params.yaml describes, trained, and rows of what every epoch did"
-    encoder = encoder_of('encoder', dict(image=cfg['data']['size']) | cfg['encoder'], images.shape[1], cfg['seed'])
-    mae = MAE(encoder, **cfg['decoder'], seed=cfg['seed'])
+    mae = MAE(fresh_encoder(cfg), **cfg['decoder'], seed=cfg['seed'])
     return mae, pretrain(mae, images, guide, **cfg['pretrain'], seed=cfg['seed'], checkpoint=checkpoint, log=log)
 
 def pretrain_stage(root, profile=None):

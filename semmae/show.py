@@ -81,7 +81,7 @@ def show_dots(rows,  # label -> a share
     ax.grid(axis='x', color='#d9dfe6')
     return fig
 
-# %% ../nbs/14_show.ipynb #2a78bc45
+# %% ../nbs/14_show.ipynb #95edcbd9
 def show_ahead(rows,      # label -> difference, half its interval
                axis,
                beside={}, # label -> what is said elsewhere
