@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SemmaeError', 'check', 'check_whole', 'read_params', 'Generator', 'generator', 'draw', 'best_device', 'device_name',
-           'die_with_parent', 'grid_size', 'patchify', 'unpatchify', 'blank', 'atomic', 'write_json', 'read_json',
-           'write_csv', 'read_csv', 'save_figure', 'file_hash']
+           'constant', 'die_with_parent', 'grid_size', 'patchify', 'unpatchify', 'blank', 'atomic', 'write_json',
+           'read_json', 'write_csv', 'read_csv', 'save_figure', 'file_hash']
 
 # %% ../nbs/00_core.ipynb #ddd6ad81
 import contextlib, csv, hashlib, json, os, re, threading, time
+from functools import lru_cache
 from pathlib import Path
 
 import torch, yaml
@@ -80,6 +81,12 @@ def device_name(device):
     "A device in words, for reports"
     device = torch.device(device)
     return torch.cuda.get_device_name(device) if device.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
+
+@lru_cache
+def constant(values, # a tuple, or a tuple of tuples
+             device):
+    "Numbers on a device, where they stay: taking them there at every step would make the host wait for a GPU"
+    return torch.tensor(values, dtype=torch.float, device=device)
 
 # %% ../nbs/00_core.ipynb #80826501
 def die_with_parent():

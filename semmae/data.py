@@ -23,7 +23,7 @@ import numpy as np, torch
 from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_dataset
 
-from .core import SemmaeError, atomic, check, draw, file_hash, generator, read_json, write_json
+from .core import SemmaeError, atomic, check, constant, draw, file_hash, generator, read_json, write_json
 
 # %% ../nbs/01_data.ipynb #8ea4fbe2
 SPLITS = 'train', 'val', 'test'
@@ -253,8 +253,9 @@ class Stream:
     def __getitem__(self, ids):
         self.expect(ids)
         ready = {i: self.coming.pop(i).result() for i in set(ids.tolist())}
-        images = torch.from_numpy(np.stack([ready[i] for i in ids.tolist()]))
-        return images.pin_memory().to(self.device, non_blocking=True) if self.device.type == 'cuda' else images
+        images = torch.empty(len(ids), *self.shape[1:], dtype=torch.uint8, pin_memory=self.device.type == 'cuda')
+        np.stack([ready[i] for i in ids.tolist()], out=images.numpy())
+        return images.to(self.device, non_blocking=True)
 
     def split(self, n):
         "Batches of `n` in order"
@@ -421,7 +422,7 @@ IMAGENET = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 def normalize(x, stats=IMAGENET):
     "Pixels of 0–255 to the mean and deviation that pretrained encoders expect"
-    mean, std = (x.new_tensor(s if x.shape[1] == 3 else [sum(s)/3]*x.shape[1], dtype=torch.float)[:, None, None]*255 for s in stats)
+    mean, std = (constant(tuple(s) if x.shape[1] == 3 else (sum(s)/3,)*x.shape[1], x.device)[:, None, None]*255 for s in stats)
     return (x - mean)/std
 
 def unnormalize(x):

@@ -20,7 +20,7 @@ from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from .core import best_device, check, check_whole, draw, file_hash, generator, read_params, write_csv, write_json
+from .core import best_device, check, check_whole, constant, draw, file_hash, generator, read_params, write_csv, write_json
 from .data import crop, load_images, normalize, random_boxes, random_flips
 from .evaluate import accuracy, compare, enough_labels, features, knn, whiten
 from .train import Checkpoint, Shuffled, check_scale, check_schedule, enough_memory, join, lr_at, run_epochs, run_key, world
@@ -39,14 +39,14 @@ def random_colours(imgs,         # (B,3,H,W), 0–255
     bright, contrast, colour = (1 + strength*(2*u[:, :3] - 1)).unbind(1)
     angle = 2*math.pi*hue*(2*u[:, 3] - 1)
     colour = torch.where(u[:, 4] < grey, 0., colour)
-    luma = imgs.new_tensor(GREY).expand(3, 3)                            # every row: the grey value
+    luma = constant(GREY, imgs.device).expand(3, 3)                      # every row: the grey value
     i = torch.eye(3, device=imgs.device)
-    thirds, cross = imgs.new_full((3, 3), 1/3), imgs.new_tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]])/math.sqrt(3)
+    thirds, cross = imgs.new_full((3, 3), 1/3), constant(((0, -1, 1), (1, 0, -1), (-1, 1, 0)), imgs.device)/math.sqrt(3)
     cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
     turn = cos*i + (1 - cos)*thirds + sin*cross                          # a rotation around the axis of greys
     mix = (turn @ (luma + colour[:, None, None]*(i - luma)))*(bright*contrast)[:, None, None]
     x = torch.einsum('bij,bjhw->bihw', mix, imgs)
-    mean = (imgs.mean((2, 3)) @ imgs.new_tensor(GREY))*bright*(1 - contrast)
+    mean = (imgs.mean((2, 3)) @ constant(GREY, imgs.device))*bright*(1 - contrast)
     return (x + mean[:, None, None, None]).clamp(0, 255)
 
 def view(images, size, scale, gen):
@@ -60,8 +60,8 @@ def place(imgs, frame, patch, gen):
     "Small images somewhere on empty frames, and the ids of their patches"
     (h, w), (H, W) = imgs.shape[2:], frame
     y, x = (int(torch.randint(n//patch + 1, (1,), generator=gen)) for n in (H - h, W - w))
-    rows, cols = torch.arange(h//patch) + y, torch.arange(w//patch) + x
-    ids = (rows[:, None]*(W//patch) + cols).flatten().to(imgs.device)
+    rows, cols = (torch.arange(n//patch, device=imgs.device) + start for n, start in ((h, y), (w, x)))
+    ids = (rows[:, None]*(W//patch) + cols).flatten()
     return F.pad(imgs, (x*patch, W - w - x*patch, y*patch, H - h - y*patch)), ids.expand(len(imgs), -1)
 
 def random_blocks(n, grid, gen, share=(.1, .5), chance=.5):
@@ -85,7 +85,7 @@ class Standard(nn.Module):
     "Every channel to mean 0 and deviation 1 in the batch of all processes"
     def forward(self, x): # (N,D)
         x = x.float()
-        sums = torch.cat([x.sum(0), x.square().sum(0), x.new_tensor([len(x)])])
+        sums = torch.cat([x.sum(0), x.square().sum(0), x.new_full((1,), len(x))])
         if world()[1] > 1: sums = all_reduce(sums)  # gradients come back through it
         mean, square = (sums[:-1]/sums[-1].clamp(min=1)).chunk(2)
         return (x - mean)*(square - mean.square() + 1e-5).clamp(min=1e-5).rsqrt()

@@ -130,7 +130,7 @@ def check_finite(losses, # of an epoch's steps
                  model, epoch, state, of):
     "Stop when a loss or a weight of the epoch is no longer a number"
     bad, n = (~losses.isfinite()).nonzero(), len(losses)
-    if not len(bad) and all(p.isfinite().all() for p in model.parameters()): return
+    if not len(bad) and torch.stack([p.isfinite().all() for p in model.parameters()]).all(): return
     what = f'the loss became {losses[bad[0]].item()} at step' if len(bad) else 'the weights are no longer numbers after step'
     step = epoch*n + (int(bad[0]) if len(bad) else n - 1) + 1
     kept = f'; {state.path} holds the state after epoch {epoch}' if state and epoch else ''
