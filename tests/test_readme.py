@@ -25,7 +25,7 @@ def small(command):
     return command.replace('profiles.tiny', 'profiles.smoke')
 
 def test_the_two_commands():
-    assert BASH[:2] == [SETUP + 'dvc repro', SETUP + 'nbdev_test && pytest']
+    assert BASH[:2] == [SETUP + 'dvc repro', SETUP + 'OMP_NUM_THREADS=1 nbdev_test && pytest']
     run = (ROOT/'.ci/run').read_text()
     assert 'README.md' in run and "endswith('pytest')" in run
 
