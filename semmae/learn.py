@@ -106,7 +106,8 @@ def told(nets, one, other, front, shift, across, most=512): # views (B,L,dim), (
     p, q = labelled(nets, one[b, i]), labelled(nets, other[b, j])
     met = torch.zeros(len(p), len(front), p.shape[2]**2, device=p.device).index_add(1, b, (p[..., None]*q[..., None, :]).flatten(2))
     met = met.unflatten(2, (p.shape[2], -1))                                    # (nets,B,labels,labels)
-    return across*information(met.sum(1)) + (1 - across)*information(met[:, b.unique()]).mean(1)
+    ids = b.unique()                                                            # images with a pair; there may be none
+    return across*information(met.sum(1)) + (1 - across)*information(met[:, ids]).sum(1)/max(1, len(ids))
 
 # %% ../nbs/05_learn.ipynb #b64a4a1c
 class Learned:
@@ -121,7 +122,7 @@ class Learned:
         return x @ self.state['front'] >= self.state['level']
 
     def label(self, x): # (M,dim)
-        return torch.cdist(answers(self.state, x), self.state['centres']).argmin(1)
+        return torch.cat([torch.cdist(answers(self.state, some), self.state['centres']).argmin(1) for some in x.split(10000)])
 
     def labels(self, x): # (B,h,w,dim), from `cells`
         front = self.front(x)

@@ -2,6 +2,7 @@
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from PIL import Image
 from sklearn.metrics import mutual_info_score
 from torch import nn
 from torch.nn import functional as F
@@ -10,8 +11,8 @@ from semmae.core import SemmaeError, generator
 from semmae.learn import Learned, information, labelled, learn_parts, load_learned, look_closely, neighbours, new_nets, paste, told
 from semmae.paper import PaperParts, PartTokens, StyleDecoder, alike, heard, learn_paper_parts
 from semmae.parts import make_parts, score_parts
-from semmae.data import ImageSet
-from semmae.vit import Seen
+from semmae.data import ImageSet, load_images
+from semmae.vit import Seen, make_encoder
 
 
 def front_of(seed, n=3, h=5, w=6): return torch.rand(n, h, w, generator=generator('front', seed)) < .6
@@ -51,6 +52,22 @@ def test_an_image_without_a_pair_does_not_count():
     nets, x = new_nets(2, 4, 3, generator(2)), torch.randn(3, 30, 4, generator=generator(1))
     lone = torch.cat([front, torch.zeros(1, 5, 6, dtype=torch.bool)])
     assert torch.allclose(told(nets, x, x, front, (0, 1), .5), told(nets, torch.cat([x, x[:1]]), torch.cat([x, x[:1]]), lone, (0, 1), .5))
+
+
+def test_a_step_without_a_pair_teaches_nothing_and_does_no_harm():
+    nets = {k: v.requires_grad_() for k, v in new_nets(2, 4, 3, generator(2)).items()}
+    x, front = torch.randn(3, 30, 4, generator=generator(1)), torch.zeros(3, 5, 6, dtype=torch.bool)
+    front[:, 2, 2] = True  # and no neighbour
+    some = told(nets, x, x, front, (0, 1), .5)
+    some.sum().backward()
+    assert some.isfinite().all() and all(v.grad is None or v.grad.isfinite().all() for v in nets.values())
+
+
+def test_of_many_pairs_every_so_manieth_is_looked_at():
+    front, nets, x = torch.ones(3, 5, 6, dtype=torch.bool), new_nets(2, 4, 3, generator(2)), torch.randn(3, 30, 4, generator=generator(1))
+    b, i, j = (v[::4] for v in neighbours(front, 0, 1))  # of 75, at most 24
+    met = torch.zeros(2, 3, 9).index_add(1, b, (labelled(nets, x[b, i])[..., None]*labelled(nets, x[b, j])[..., None, :]).flatten(2)).unflatten(2, (3, 3))
+    assert torch.allclose(told(nets, x, x, front, (0, 1), 1, most=24), information(met.sum(1)), atol=1e-5)
 
 
 def test_pasting_keeps_the_foreground_and_no_background():
@@ -133,6 +150,15 @@ def test_of_many_images_some_are_looked_at(planted, monkeypatch):
     monkeypatch.setattr('semmae.data.FIT', 7)
     learn_parts(images, encoder, n_parts=4)
     assert looked[0].shape == (7, 3, 16, 16) and len(set(looked[0][:, 0, 0, 0].tolist())) == 7
+
+
+def test_a_stream_teaches_what_its_images_do(tmp_path):
+    "Through an encoder, to the bit"
+    for k in range(12): Image.fromarray(torch.randint(256, (16, 16, 3), generator=generator(k), dtype=torch.uint8).numpy()).save(tmp_path/f'{k}.png')
+    encoder = make_encoder(image=(16, 16), patch_size=4, embed_dim=32, depth=3, num_heads=2)
+    images, stream = (load_images(tmp_path, ['train'], size=(16, 16), stream=s)[0].images for s in (False, True))
+    one, other = (learn_parts(x, encoder, n_parts=3, steps=5) for x in (images, stream))
+    assert all(torch.equal(one.state[k], other.state[k]) for k in one.state) and torch.equal(one.predict(images), other.predict(images))
 
 
 def test_the_same_seed_learns_the_same(planted):
