@@ -17,7 +17,7 @@ from scipy.stats import t as student
 
 from .core import SemmaeError, best_device, check, device_name, file_hash, read_params, write_json
 from .data import load_images, read_maps
-from .evaluate import accuracy, compare
+from .evaluate import accuracy, compare, enough_labels
 from .finetune import tune
 from .masking import find_strategy
 from .parts import looks, make_parts
@@ -58,6 +58,7 @@ def left_out(cfg, base, train):
 
 def ablate(cfg, base, splits, root='.', checkpoint=None, log=print):
     "Pretrain as a configuration says and probe: the autoencoder, its loss and its scores"
+    enough_labels(cfg, splits[0])
     mae, history = train_mae(cfg, splits[0].images, guide_of(cfg, base, splits[0], root), checkpoint, log)
     return mae, dict(loss=history[-1]['loss'], **compare({'mae': mae.encoder}, splits, **cfg['probe'], seed=cfg['seed']))
 

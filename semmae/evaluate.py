@@ -109,16 +109,18 @@ def few_labels(classes, # (N,)
     out = []
     for c in range(len(names) if names else int(classes.max()) + 1):
         own = order[classes[order] == c]
-        n = round(share*len(own))
-        check(n > 0, f"class {names[c] if names else c} has {len(own)} images, of which {100*share:g} % is none: raise the share of labels, or give more images")
+        n, whose = round(share*len(own)), f'class {names[c] if names else c}' if classes.any() else 'the training set'
+        check(n > 0, f"{whose} has {len(own)} images, of which {100*share:g} % is none: raise the share of labels, or give more images")
         out.append(own[:n])
     return torch.cat(out).sort().values
 
 def enough_labels(cfg, data): # an ImageSet
     "Stop before a training whose evaluation would find classes without an image"
+    for block in 'probe', 'finetune', 'segment': check('labels' in cfg[block], f"`{block}` does not say how many labels to learn from: set `{block}.labels`")
     shares = cfg['probe']['labels']
     check(isinstance(shares, list), f"`probe.labels` is {shares!r}: write a list of shares, such as [0.01, 0.1]")
-    for share in {*shares, cfg['finetune']['labels']} if data.targets else (): few_labels(data.targets['class'], share, cfg['seed'], data.classes['class'])
+    few_labels(torch.zeros(len(data), dtype=torch.long), cfg['segment']['labels'])
+    for share in [*shares, cfg['finetune']['labels']] if data.targets else (): few_labels(data.targets['class'], share, cfg['seed'], data.classes['class'])
 
 # %% ../nbs/11_evaluate.ipynb #9508ee26
 def pixels(data):

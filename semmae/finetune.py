@@ -134,14 +134,13 @@ def classified(model, images):
     return torch.cat([x.argmax(1) for x in outputs(model, images)])
 
 # %% ../nbs/12_finetune.ipynb #c9a54626
-def at_cells(model, out, size): # (B,prefix+L,n)
-    "What a model says of every patch, on a grid of cells, (B,n,h,w)"
-    x = out[:, model.num_prefix_tokens:].mT.unflatten(2, model.patch_embed.grid_size)
-    return F.interpolate(x, tuple(size), mode='bilinear')
+def at_cells(encoder, patches, size): # (B,L,n)
+    "What is said of every patch, on a grid of cells, (B,n,h,w)"
+    return F.interpolate(patches.mT.unflatten(2, encoder.patch_embed.grid_size), tuple(size), mode='bilinear')
 
 def segmented(model, images, size):
     "The part of every cell, (N,h,w)"
-    return torch.cat([at_cells(model, x, size).argmax(1) for x in outputs(model, images)])
+    return torch.cat([at_cells(model, x[:, model.num_prefix_tokens:], size).argmax(1) for x in outputs(model, images)])
 
 def part_iou(pred, true, n_parts): # (N,h,w) both
     "IoU of every part over all images; of one that neither holds, not a number"
@@ -157,7 +156,7 @@ def segment(encoder, images, parts,  # (N,h,w)
     "The encoder with a head at every patch, both learned; rows of epoch, step, loss, lr"
     params = {k: v for k, v in locals().items() if k not in ('encoder', 'images', 'parts', 'n_parts', 'checkpoint', 'log')}
     n_parts = n_parts or int(parts.max()) + 1
-    loss = lambda out, maps: F.cross_entropy(at_cells(encoder, out, maps.shape[1:]), maps)
+    loss = lambda out, maps: F.cross_entropy(at_cells(encoder, out[:, encoder.num_prefix_tokens:], maps.shape[1:]), maps)
     return learn_labels(encoder, images, parts, n_parts, '', loss, lambda imgs, maps, step: (imgs, maps), 'segment', checkpoint, log, **params)
 
 # %% ../nbs/12_finetune.ipynb #9a3c2752
@@ -169,15 +168,16 @@ def linear_head(encoder, train, val, # ImageSets with parts
     held = F.one_hot(train.parts[ids].long(), n_parts).movedim(3, 1).float()
     held = F.interpolate(held, tuple(encoder.patch_embed.grid_size), mode='area').movedim(1, 3).flatten(0, 2)
     mean, std = x.mean(0), x.std(0) + 1e-6
-    best = -1., None
+    seen, best = features(encoder, ImageSet(val.images), patches=True)['patch'].split(250), (-1., None, None)
     for penalty in penalties:
         w = fit_linear((x - mean)/std, held, penalty)
-        model = with_head(encoder, n_parts, '')
-        weight = w[:-1]/std[:, None]
-        model.head.weight.data, model.head.bias.data = weight.T.contiguous(), w[-1] - mean @ weight
-        found = part_iou(segmented(model, val.images, val.parts.shape[1:]), val.parts, n_parts).nanmean().item()
-        if found > best[0]: best = found, model
-    return best[1]
+        weight, bias = w[:-1]/std[:, None], w[-1] - mean @ (w[:-1]/std[:, None])
+        maps = torch.cat([at_cells(encoder, some @ weight + bias, val.parts.shape[1:]).argmax(1) for some in seen])
+        found = part_iou(maps, val.parts, n_parts).nanmean().item()
+        if found > best[0]: best = found, weight, bias
+    model = with_head(encoder, n_parts, '')
+    model.head.weight.data, model.head.bias.data = best[1].T.contiguous(), best[2]
+    return model
 
 # %% ../nbs/12_finetune.ipynb #1e2d9442
 def contenders(root, cfg):

@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -150,9 +151,12 @@ def test_a_mistake_is_one_sentence(done):
     (pretrain_stage, 'lr: 1.0e-3', 'lr: 1.0e+9', 'the loss became nan at step'),
     (finetune_stage, 'labels: 0.5', 'labels: 0.001', 'class cat-phones has 30 images, of which 0.1 % is none: raise the share of labels'),
     (segment_stage, 'segment: {labels: 0.5, epochs: 2', 'segment: {labels: 0.5, epochs: 2.5', '`segment.epochs` is 2.5'),
+    (finetune_stage, 'patch_size: 8, embed_dim: 64', 'patch_size: 8, embed_dim: 96', 'and the profile describes a vit_tiny_patch16_224 of width 96'),
+    (partial(ablate_stage, profile='smoke', ablation='inter'), 'probe: {labels: [0.2]}', 'probe: {labels: [0.001]}', 'class cat-phones has 30 images, of which 0.1 % is none: raise the share of labels'),
+    (pretrain_stage, 'segment: {labels: 0.5', 'segment: {labels: 0.001', 'the training set has 280 images, of which 0.1 % is none'),
     (segment_stage, 'patch_size: 8, embed_dim: 64', 'patch_size: 8, embed_dim: 96', 'runs/pretrain/encoder.safetensors holds a vit_tiny_patch16_224 of width 64 and depth 2, patches of 8 in 64×64, and the profile describes a vit_tiny_patch16_224 of width 96'),
     (teacher_stage, 'source: data', 'source: nowhere', 'there is no'),
-], ids=lambda x: x if isinstance(x, str) else x.__name__)
+], ids=lambda x: x if isinstance(x, str) else getattr(x, '__name__', 'ablate_stage'))
 def test_other_mistakes_are_one_sentence(done, stage, old, new, says):
     "`semmae-stage` prints what is raised here, as above"
     set_param(done[0], old, new)
