@@ -116,7 +116,7 @@ def few_labels(classes, # (N,)
 
 def enough_labels(cfg, data): # an ImageSet
     "Stop before a training whose evaluation would find classes without an image"
-    for block in 'probe', 'finetune', 'segment': check('labels' in cfg[block], f"`{block}` does not say how many labels to learn from: set `{block}.labels`")
+    for block in 'probe', 'finetune', 'segment': check('labels' in (cfg.get(block) or {}), f"`{block}` does not say how many labels to learn from: set `{block}.labels`")
     shares = cfg['probe']['labels']
     check(isinstance(shares, list), f"`probe.labels` is {shares!r}: write a list of shares, such as [0.01, 0.1]")
     few_labels(torch.zeros(len(data), dtype=torch.long), cfg['segment']['labels'])

@@ -13,7 +13,7 @@ from semmae.parts import parts_stage
 PROFILE = dict(seed=0, processes=1, data=dict(source='photos', size=[16, 16], channels=3, limit=None), teacher=None, parts=dict(source='grid', n_parts=4, grid=[2, 2]),
                encoder=dict(name='vit_tiny_patch16_224', patch_size=4, embed_dim=16, depth=1, num_heads=2), decoder=dict(width=16, depth=1, heads=2),
                pretrain=dict(masking=dict(name='random', ratio=.5), epochs=1, batch=8, lr=1e-3, warmup_epochs=1, crop_scale=[.5, 1.]), probe=dict(labels=[]),
-               finetune=dict(labels=1., epochs=1, batch=8, warmup_epochs=1))
+               finetune=dict(labels=1., epochs=1, batch=8, warmup_epochs=1), segment=dict(labels=1.))
 
 
 @pytest.fixture

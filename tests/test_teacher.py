@@ -202,7 +202,7 @@ def test_what_the_parameters_may_not_say(options, says):
 
 @pytest.mark.parametrize('teacher, says', [(dict(epochs=1, encoder=dict(seed=3)), '`teacher.encoder.seed` is not chosen here'), (dict(weights='none.pth'), 'there is no .*none.pth: correct `teacher.weights`'), (None, None)])
 def test_the_stage(tmp_path, teacher, says):
-    write_json(tmp_path/'params.yaml', dict(profile='p', profiles=dict(p=dict(seed=0, data=dict(source=str(ROOT/'data'), size=[32, 32], limit=200), teacher=teacher, probe=dict(labels=[]), finetune=dict(labels=1.)))))
+    write_json(tmp_path/'params.yaml', dict(profile='p', profiles=dict(p=dict(seed=0, data=dict(source=str(ROOT/'data'), size=[32, 32], limit=200), teacher=teacher, probe=dict(labels=[]), finetune=dict(labels=1.), segment=dict(labels=1.)))))
     if says:
         with pytest.raises(SemmaeError, match=says): teacher_stage(tmp_path)
     else:
