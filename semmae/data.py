@@ -282,7 +282,7 @@ def read_all(stream):
     try: images = torch.empty(stream.shape, dtype=torch.uint8)
     except RuntimeError as e:
         raise SemmaeError(f"there is no memory for {len(stream)} images of {stream.shape[2]}×{stream.shape[3]}: set `data.stream` to true, or lower `data.size`") from e
-    for ids, part in zip(torch.arange(len(stream)).split(1024), stream.split(1024)): images[ids] = part
+    for ids, part in zip(torch.arange(len(stream)).split(1024), stream.split(1024)): images[ids] = part.cpu()
     return images
 
 FIT = 1500 # images that parts are learned on

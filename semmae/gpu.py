@@ -15,7 +15,6 @@ from pathlib import Path
 
 import timm, torch
 from PIL import Image
-from torch._inductor import config as inductor
 from torch.nn import functional as F
 
 from .core import best_device, check, device_name, generator, read_json, write_json
@@ -40,7 +39,7 @@ def step_flops(mae, ratio=.75):
     seen, some = encoder.num_prefix_tokens + L - hidden, max(1, round(mae.share*hidden))
     deep = block_flops(some, w, seen) if decoder.kind == 'cross' else block_flops(seen + hidden, w)
     rest = len(encoder.blocks)*block_flops(seen, width) + 2*seen*width*w + len(decoder.blocks)*deep + 2*some*w*pixels
-    return 2*(2*L*width*pixels) + 3*rest
+    return 2*(2*(L - hidden)*width*pixels) + 3*rest
 
 # %% ../nbs/18_gpu.ipynb #4f7eab49
 def shape(width, depth, heads, patch=16, image=224, decoder=(512, 8, 16)):
@@ -115,7 +114,7 @@ def in_steps(learn): # from the number of a step
 def trainer(model, device, mode=None, **kw): # of torch.compile; None: not compiled
     "A function from what steps see to a function that trains so many of them"
     mae = prepare(make_ours(model, **kw), device).train()
-    if mode: mae.compile(mode=mode)
+    if mode: mae.compile(mode=mode, dynamic=False)
     opt = make_optimizer(mae, dict(opt='adamw', betas=(.9, .95), fused=True), lr=1e-4, weight_decay=.05)
     def learn(batches, step):
         gradients(mae, batches, step, 1)
@@ -131,14 +130,14 @@ def facebook_trainer(model, imgs, checkout):
     train = open_facebook(model, checkout, 1, imgs.device)[1]
     return lambda n: train([(imgs, None)]*n, 0)
 
-def measure_model(device, model, batch, modes, rounds, n, checkout=None):
-    "A model: the others, ours in some modes, and ours with a decoder that looks across and predicts a quarter"
+def measure_model(device, model, batch, modes, rounds, n, attentions=('sdpa',), across=(), checkout=None):
+    "A model: transformers with some attentions, the checkout, ours in some modes, and in some with a decoder that looks across and predicts a quarter"
     imgs, grid = torch.randn(batch, 3, model['image'], model['image'], device=device), (model['image']//model['patch'],)*2
     fixed = lambda mode, **kw: trainer(model, device, mode, **kw)(Fixed(imgs, grid))
     cross = dict(kind='cross', share=.25)
-    contenders = {f'transformers, {a}': partial(hugging_trainer, model, imgs, a) for a in ('eager', 'sdpa')}
+    contenders = {f'transformers, {a}': partial(hugging_trainer, model, imgs, a) for a in attentions}
     if checkout: contenders['facebookresearch/mae'] = partial(facebook_trainer, model, imgs, checkout)
-    contenders |= {f'semmae, {mode}': partial(fixed, mode) for mode in modes} | {f'semmae, {modes[-1]}, cross': partial(fixed, modes[-1], **cross)}
+    contenders |= {f'semmae, {mode}': partial(fixed, mode) for mode in modes} | {f'semmae, {mode}, cross': partial(fixed, mode, **cross) for mode in across}
     flops = {False: step_flops(make_ours(model)), True: step_flops(make_ours(model, **cross))}
     return [dict(r, batch=batch, flops=flops['cross' in r['contender']]) for r in take_turns(contenders, device, rounds, n)]
 
@@ -192,13 +191,13 @@ def by_epoch(run):
     run(lambda line: laps.append(time.perf_counter()))
     return dict(first=laps[1] - laps[0], epoch=(laps[-1] - laps[1])/(len(laps) - 2))
 
-def measure_small(device, model, n_images, batch, epochs, compile):
-    "Small images, with and without CUDA graphs"
+def measure_small(device, model, n_images, batch, runs): # modes of torch.compile, and for how many epochs
+    "Small images"
     images, maps = (x.to(device) for x in pictures(n_images, model['image']))
-    def run(graphs, log):
-        with inductor.patch({'triton.cudagraphs': graphs}):
-            pretrain(make_ours(model), images, maps, epochs=epochs, batch=batch, warmup_epochs=1, masking=dict(name='blend', ratio=.75), compile=compile, log=log)
-    return [dict(contender=f"semmae, {compile}{', CUDA graphs'*graphs}", images=n_images, batch=batch, **by_epoch(partial(run, graphs))) for graphs in (False, True)]
+    def run(mode, epochs, log):
+        torch.compiler.reset()  # or the first mode's program would be taken again
+        pretrain(make_ours(model), images, maps, epochs=epochs, batch=batch, warmup_epochs=1, masking=dict(name='blend', ratio=.75), compile=mode, log=log)
+    return [dict(contender=f'semmae, {mode}', images=n_images, batch=batch, epochs=epochs, **by_epoch(partial(run, mode, epochs))) for mode, epochs in runs.items()]
 
 # %% ../nbs/18_gpu.ipynb #9e17924c
 def measure_parts(device, model, n_images, steps=300):
@@ -227,24 +226,23 @@ def on_paper(speed,       # images/s of one GPU
     return dict(gpus=gpus, step=seconds, hours=hours, gpu_hours=hours*gpus)
 
 # %% ../nbs/18_gpu.ipynb #9fd9c832
-LARGE = dict(modes=['default'], rounds=5, n=10)
-FULL = {'ViT-B/16': (measure_model, dict(model=BASE, batch=256, modes=[None, 'reduce-overhead', 'default'], rounds=5, n=10)),
-        'ViT-B/16, tuned': (measure_model, dict(model=BASE, batch=256, modes=['max-autotune-no-cudagraphs'], rounds=5, n=10)),
+LARGE = dict(modes=['reduce-overhead'], rounds=3, n=10)
+FULL = {'ViT-B/16': (measure_model, dict(model=BASE, batch=256, modes=[None, 'default', 'reduce-overhead'], rounds=5, n=10, attentions=['eager', 'sdpa'], across=['reduce-overhead'])),
         'ViT-S/16': (measure_model, dict(model=MODELS['ViT-S/16'], batch=256, **LARGE)),
         'ViT-L/16': (measure_model, dict(model=MODELS['ViT-L/16'], batch=128, **LARGE)),
         'ViT-B/8': (measure_model, dict(model=MODELS['ViT-B/8'], batch=64, **LARGE)),
         'profile': (measure_profile, dict(model=BASE, batch=256, mode='default', n=5)),
-        'data': (measure_data, dict(model=BASE, batch=256, mode='default', size=256, n_images=4096, rounds=5, n=20)),
-        'small': (measure_small, dict(model=MODELS['ViT-Ti/4'], n_images=50000, batch=2048, epochs=200, compile='inductor')),
+        'data': (measure_data, dict(model=BASE, batch=256, mode='reduce-overhead', size=256, n_images=2048, rounds=5, n=16)),
+        'small': (measure_small, dict(model=MODELS['ViT-Ti/4'], n_images=50000, batch=2048, runs={None: 10, 'default': 10, 'reduce-overhead': 200})),
         'parts': (measure_parts, dict(model=MODELS['ViT-Ti/4'], n_images=50000)),
         'teacher': (measure_teacher, dict(model=MODELS['ViT-Ti/4'], n_images=50000, batch=512))}
 
 TINY = shape(32, 2, 2, 8, 32, (16, 1, 2))
 FEW = dict(model=TINY, batch=4, modes=[None], rounds=3, n=2)
-TOY = {'ViT-B/16': (measure_model, FEW | dict(modes=[None, 'default'])), **{name: (measure_model, FEW) for name in ('ViT-B/16, tuned', 'ViT-S/16', 'ViT-L/16', 'ViT-B/8')},
+TOY = {'ViT-B/16': (measure_model, FEW | dict(modes=[None, 'default'], across=[None])), **{name: (measure_model, FEW) for name in ('ViT-S/16', 'ViT-L/16', 'ViT-B/8')},
        'profile': (measure_profile, dict(model=TINY, batch=4, mode=None, n=2)),
        'data': (measure_data, dict(model=TINY, batch=4, mode=None, size=48, n_images=40, rounds=3, n=2)),
-       'small': (measure_small, dict(model=TINY, n_images=64, batch=16, epochs=4, compile=None)),
+       'small': (measure_small, dict(model=TINY, n_images=64, batch=16, runs={None: 4})),
        'parts': (measure_parts, dict(model=TINY, n_images=60, steps=3)),
        'teacher': (measure_teacher, dict(model=TINY, n_images=64, batch=16))}
 SIZES = dict(full=FULL, toy=TOY)

@@ -118,7 +118,7 @@ def pretrain(mae,
              clip=None,         # norm of the gradient
              accumulate=1,      # turns that a process cuts its share of a batch into, to save memory
              ema=None,          # decay of an average of the weights, which is then the result
-             compile=None,      # a backend of torch.compile, such as inductor
+             compile=None,      # a mode of torch.compile: default, or reduce-overhead, whose CUDA graphs small models gain from; or a backend
              seed=0,
              checkpoint=None,   # a file to go on from
              log=print,
@@ -132,10 +132,12 @@ def pretrain(mae,
     check_schedule('pretrain', epochs, warmup_epochs=warmup_epochs, lr=lr, weight_decay=weight_decay, clip=clip or 0, ema=ema or 0)
     check(batch >= ranks*accumulate, f"a batch of {batch} cannot be cut into {ranks} processes × {accumulate} turns: raise `pretrain.batch`, or lower `pretrain.accumulate`")
     check(not ema or ema < 1, f"`pretrain.ema` is {ema}: choose a decay below 1")
-    check(compile is None or compile in torch._dynamo.list_backends(()), f"`pretrain.compile` is {compile!r}: choose null or a backend such as inductor")
+    modes = torch._inductor.list_mode_options()
+    check(compile is None or compile in [*modes, *torch._dynamo.list_backends(())], f"`pretrain.compile` is {compile!r}: choose null, one of {', '.join(modes)}, or a backend of torch.compile")
+    check(ranks*accumulate == 1 or not modes.get(compile, {}).get('triton.cudagraphs'), f"`pretrain.compile: {compile}` keeps gradients in CUDA graphs, for one process and one turn: choose default, or `accumulate` 1")
     key = run_key(MODULES, images, guide, model=mae.key(), **params)
     with enough_memory(batch, 'pretrain'): prepare(mae, images.device).train()
-    if compile: mae.compile(backend=compile)
+    if compile: mae.compile(**{'mode' if compile in modes else 'backend': compile}, dynamic=False)  # the same shapes all the time, also where another size was compiled before
     model = DistributedDataParallel(mae) if ranks > 1 else mae
     opt = make_optimizer(mae, optimizer, lr=lr, weight_decay=weight_decay)
     average = ModelEmaV3(mae, decay=ema) if ema else None

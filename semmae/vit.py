@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['sincos', 'init_mae', 'plain', 'make_encoder', 'encoder_of', 'fresh_encoder', 'remember', 'pixels_of', 'gather',
-           'encode', 'autocast', 'prepare', 'save_encoder', 'read_weights', 'load_encoder', 'make_of', 'load_like',
-           'encoder_key', 'open_encoder', 'tells_of_itself', 'check_image', 'resize', 'download', 'fill', 'Seen',
-           'look_at', 'look', 'received', 'border', 'check_parts']
+           'embed', 'encode', 'autocast', 'prepare', 'save_encoder', 'read_weights', 'load_encoder', 'make_of',
+           'load_like', 'encoder_key', 'open_encoder', 'tells_of_itself', 'check_image', 'resize', 'download', 'fill',
+           'Seen', 'look_at', 'look', 'received', 'border', 'check_parts']
 
 # %% ../nbs/02_vit.ipynb #5edaea0a
-import hashlib, json
+import hashlib, json, math
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,8 +22,9 @@ from timm.layers import PatchEmbed
 from timm.models import load_state_dict
 from timm.models.vision_transformer import Attention, Block, VisionTransformer, checkpoint_filter_fn
 from torch import nn
+from torch.nn import functional as F
 
-from .core import SemmaeError, atomic, check, generator, grid_size
+from .core import SemmaeError, atomic, check, generator, grid_size, patchify
 from .data import IMAGENET, normalize, whole
 
 # %% ../nbs/02_vit.ipynb #5dc95bc8
@@ -98,19 +100,24 @@ def gather(x, ids):
     "Tokens `ids` (B,K) of x (B,L,D)"
     return x.gather(1, ids[..., None].expand(-1, -1, x.shape[2]))
 
+def embed(vit, imgs, ids=None):
+    "Tokens of patches, (B,K,D), of those that are seen alone: a linear layer on their pixels, as timm's convolution is"
+    proj, patches = vit.patch_embed.proj, patchify(imgs, vit.patch_embed.patch_size[0])
+    if ids is not None: patches = gather(patches, ids)
+    return vit.patch_embed.norm(F.linear(patches, proj.weight.permute(0, 2, 3, 1).flatten(1), proj.bias))
+
 def encode(vit,            # a timm VisionTransformer
            imgs,           # (B,C,H,W), normalised
            ids_keep=None,  # (B,K) of the patches to see; None: all
            hide=None,      # (B,L) patches in whose place `token` stands
            token=None):    # (D,)
     "Tokens after the last norm, (B,prefix+K,D)"
-    x = vit.patch_embed(imgs)                  # (B,L,D)
+    x = embed(vit, imgs, ids_keep)                                     # (B,K,D)
     if hide is not None: x = torch.where(hide[..., None], token.to(x.dtype), x)
-    x = vit._pos_embed(x)                      # (B,prefix+L,D)
-    if ids_keep is not None:
-        n = vit.num_prefix_tokens
-        x = torch.cat([x[:, :n], gather(x[:, n:], ids_keep)], 1) # (B,prefix+K,D)
-    x = vit.norm_pre(x)
+    n, L = vit.num_prefix_tokens, math.prod(vit.patch_embed.grid_size)
+    before, at = vit._pos_embed(x.new_zeros(1, L, x.shape[2])).split([n, L], 1)
+    x = x + (at if ids_keep is None else at[0, ids_keep])
+    x = vit.norm_pre(torch.cat([before.expand(len(x), -1, -1), x], 1)) # (B,prefix+K,D)
     for block in vit.blocks: x = block(x)
     return vit.fc_norm(vit.norm(x))            # one of the two is the identity
 
@@ -124,6 +131,9 @@ def prepare(model, device):
     "The model on its device, with the attention that is faster there"
     for m in model.modules():
         if hasattr(m, 'fused_attn'): m.fused_attn = device.type != 'cpu'
+    if device.type == 'cuda' and find_spec('triton') and (gpu := torch.cuda.get_device_properties(device)).major >= 8:
+        from semmae.attend import together
+        for m in model.modules(): together(m, gpu.shared_memory_per_block_optin)
     return model.to(device)
 
 # %% ../nbs/02_vit.ipynb #5c613709
@@ -236,7 +246,7 @@ def look_at(vit,
     blocks, n, out = [len(vit.blocks) if k is None else k for k in blocks], vit.num_prefix_tokens, {}
     check(images.dtype == torch.uint8 and images.ndim == 4, f"the encoder looks at images as bytes (B,C,H,W) and these are {images.dtype} {tuple(images.shape)}: give them as `load_images` does")
     for k in blocks: check(type(k) is int and 1 <= k <= len(vit.blocks), f"the encoder has {len(vit.blocks)} blocks: choose among them, not {k!r}, for `parts.block`, `parts.blocks` and `parts.foreground_block`")
-    check(all(type(b) is Block and type(b.attn) is Attention for b in vit.blocks), f"the attention in blocks of {type(vit.blocks[0]).__name__} and {type(getattr(vit.blocks[0], 'attn', None)).__name__} cannot be read: choose another `teacher.name`, one of timm's plain `vit_*`")
+    check(all(type(b) is Block and isinstance(b.attn, Attention) for b in vit.blocks), f"the attention in blocks of {type(vit.blocks[0]).__name__} and {type(getattr(vit.blocks[0], 'attn', None)).__name__} cannot be read: choose another `teacher.name`, one of timm's plain `vit_*`")
     check(min(images.shape[2:]) >= vit.patch_embed.patch_size[0], f"images of {images.shape[2]}×{images.shape[3]} are smaller than the encoder's patches of {vit.patch_embed.patch_size[0]}: raise `data.size`, or choose another `teacher`")
     unflat = lambda v: v.float().unflatten(-1, vit.patch_embed.grid_size)
     with autocast(images.device):

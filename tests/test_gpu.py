@@ -26,7 +26,7 @@ def test_flops_are_those_that_pytorch_counts(model, options, ratio):
 
 
 def test_a_base_model_takes_58_gflop_an_image():
-    assert 58e9 < step_flops(make_ours(MODELS['ViT-B/16'])) < 59e9
+    assert 57.5e9 < step_flops(make_ours(MODELS['ViT-B/16'])) < 58.5e9
 
 
 def test_a_long_run_on_paper():
