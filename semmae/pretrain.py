@@ -134,7 +134,7 @@ def pretrain(mae,
     check(not ema or ema < 1, f"`pretrain.ema` is {ema}: choose a decay below 1")
     modes = torch._inductor.list_mode_options()
     check(compile is None or compile in [*modes, *torch._dynamo.list_backends(())], f"`pretrain.compile` is {compile!r}: choose null, one of {', '.join(modes)}, or a backend of torch.compile")
-    check(ranks*accumulate == 1 or not modes.get(compile, {}).get('triton.cudagraphs'), f"`pretrain.compile: {compile}` keeps gradients in CUDA graphs, for one process and one turn: choose default, or `accumulate` 1")
+    check(ranks*accumulate == 1 or not modes.get(compile, {}).get('triton.cudagraphs'), f"`pretrain.compile` is {compile!r}, which keeps gradients in CUDA graphs, for one process and one turn: choose default, or set `processes` and `pretrain.accumulate` to 1")
     key = run_key(MODULES, images, guide, model=mae.key(), **params)
     with enough_memory(batch, 'pretrain'): prepare(mae, images.device).train()
     if compile: mae.compile(**{'mode' if compile in modes else 'backend': compile}, dynamic=False)  # the same shapes all the time, also where another size was compiled before

@@ -126,7 +126,7 @@ def test_weights_that_broke_in_the_last_step_of_an_epoch_are_not_kept(tmp_path):
 @pytest.mark.parametrize('wrong', [
     dict(batch='10'), dict(batch=None), dict(batch=True), dict(batch=2.5), dict(epochs=0), dict(accumulate=0), dict(accumulate='2'), dict(accumulate=3), dict(lr='1e-3'), dict(lr=None),
     dict(lr=-1), dict(warmup_epochs='1'), dict(warmup_epochs=2), dict(weight_decay='x'), dict(clip='a'), dict(clip=-1), dict(ema='x'), dict(ema=2), dict(optimizer='nope'),
-    dict(optimizer=dict(opt='adamw', foo=1)), dict(compile='foo'), dict(compile=True), dict(crop_scale=.5), dict(crop_scale=None), dict(crop_scale=(.2, '1')), dict(masks=3)], ids=str)
+    dict(optimizer=dict(opt='adamw', foo=1)), dict(compile='foo'), dict(compile=True), dict(compile='reduce-overhead', accumulate=2), dict(crop_scale=.5), dict(crop_scale=None), dict(crop_scale=(.2, '1')), dict(masks=3)], ids=str)
 def test_a_wrong_parameter_is_one_sentence_that_names_it(wrong):
     mae = MAE(make_encoder(image=(16, 16), patch_size=8, embed_dim=32, depth=1, num_heads=2), width=32, depth=1, heads=2)
     name = 'no parameter .masks' if 'masks' in wrong else rf'`pretrain.{next(iter(wrong))}`'
