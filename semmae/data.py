@@ -287,7 +287,8 @@ class Stream:
         wait([job])
         self.free.append(slot)
 
-    def __getitem__(self, ids):
+    def __getitem__(self, ids): # whatever indexes a tensor
+        ids = torch.arange(len(self))[ids]
         images = torch.empty(len(ids), *self.shape[1:], dtype=torch.uint8, pin_memory=self.device.type == 'cuda')
         if self.pool is None: self.open()
         for part, out in zip(ids.split(len(self.slots)), images.split(len(self.slots))):
