@@ -247,6 +247,7 @@ def decode_some(jobs): # numbers of images, and of the slots they go to
 
 KILLED = "a process that decodes images was killed, for want of memory perhaps: lower `data.size`, or run fewer processes"
 
+# %% ../nbs/01_data.ipynb #77afcac1
 class Stream:
     "What a tensor of decoded images would give, decoded when asked for"
     def __init__(self, src, ids, size, channels=3, device='cpu'):
@@ -269,17 +270,19 @@ class Stream:
     def expect(self, ids):
         "Start to decode what will be asked for, as far as there is room"
         if self.pool is None: self.open()
-        wanted = dict.fromkeys(ids.tolist())
-        new = [i for i in wanted if i not in self.coming]
-        for i in [i for i in self.coming if i not in wanted]:  # nobody came for them
-            if len(self.free) >= len(new): break
-            self.forget(i)
-        new = new[:len(self.free)]
+        new = [i for i in dict.fromkeys(ids.tolist()) if i not in self.coming][:len(self.free)]
         for some in (new[k:k+8] for k in range(0, len(new), 8)):
             jobs = [(self.all[i], self.free.pop()) for i in some]
             try: job = self.pool.submit(decode_some, jobs)
             except BrokenProcessPool as e: raise SemmaeError(KILLED) from e
             for i, (_, slot) in zip(some, jobs): self.coming[i] = job, slot
+
+    def make_room(self, ids):
+        "Forget what nobody came for, the oldest first, until there is room for these"
+        wanted = set(ids.tolist())
+        for i in [i for i in self.coming if i not in wanted]:
+            if len(self.free) >= len(wanted - self.coming.keys()): break
+            self.forget(i)
 
     def forget(self, i):
         "Let an image go that has been decoded, or wait for it"
@@ -292,6 +295,7 @@ class Stream:
         images = torch.empty(len(ids), *self.shape[1:], dtype=torch.uint8, pin_memory=self.device.type == 'cuda')
         if self.pool is None: self.open()
         for part, out in zip(ids.split(len(self.slots)), images.split(len(self.slots))):
+            self.make_room(part)
             self.expect(part)
             try:
                 for job, _ in (some := [self.coming[i] for i in part.tolist()]): job.result()
@@ -313,6 +317,7 @@ class Stream:
         files = [(str(f), s.st_size, s.st_mtime_ns) for f in self.src.files for s in [os.stat(f)]]
         return repr((self.shape, [self.src.names[i] for i in self.all], files)).encode()
 
+# %% ../nbs/01_data.ipynb #6847dc5a
 def fits(size):
     "Whether so many bytes take less than half of the memory, the GPU's and a container's included"
     room, limit = [os.sysconf('SC_PHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')], Path('/sys/fs/cgroup/memory.max')

@@ -118,7 +118,7 @@ def pretrain(mae,
              clip=None,         # norm of the gradient
              accumulate=1,      # turns that a process cuts its share of a batch into, to save memory
              ema=None,          # decay of an average of the weights, which is then the result
-             compile=None,      # a mode of torch.compile: default, or reduce-overhead, whose CUDA graphs small models gain from; or a backend
+             compile=None,      # a mode of torch.compile: default, or reduce-overhead, which adds CUDA graphs; or a backend
              seed=0,
              checkpoint=None,   # a file to go on from
              log=print,

@@ -7,7 +7,7 @@ import shutil
 import signal
 import sys
 import tarfile
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from conftest import ROOT
 
 from semmae.core import SemmaeError, generator, patchify
-from semmae.data import CIFAR10, Source, Stream, crop, crop_parts, hold_out, load_images, random_boxes, random_flips, resize_weights
+from semmae.data import CIFAR10, Source, Stream, begin, crop, crop_parts, hold_out, load_images, random_boxes, random_flips, resize_weights
 from semmae.demo import CLASSES, choose, scene
 
 
@@ -263,3 +263,13 @@ def test_more_images_than_there_is_room_for(monkeypatch):
     stream.expect(torch.arange(10, 30))
     ids = torch.tensor([*range(30), 3, 3, 29])
     assert torch.equal(stream[ids][:, 0, 0, 0], ids.byte()) and sorted(stream.free) == list(range(7))
+
+
+def test_looking_ahead_costs_nothing_that_was_looked_ahead_for():
+    opened = []
+    stream = Stream(Source(['x']*30, ['train']*30, lambda i: opened.append(i) or Image.new('RGB', (4, 4)), []), range(30), (4, 4))
+    stream.open()
+    stream.slots, stream.free = stream.slots[:7], list(range(7))
+    stream.pool = ThreadPoolExecutor(1, initializer=begin, initargs=(False, stream.src, stream.size, 3, stream.slots))
+    for _ in stream.split(5): pass
+    assert sorted(opened) == list(range(30)), 'each is decoded once, though there is no room for two batches'
