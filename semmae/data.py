@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['SPLITS', 'SYNONYMS', 'CIFAR10', 'WORK', 'KILLED', 'FIT', 'IMAGENET', 'Source', 'hold_out', 'read_paths', 'hidden',
            'folder_source', 'read_at', 'read_tar', 'tar_source', 'timm_source', 'targets_of', 'class_names',
-           'sheet_source', 'cifar_source', 'open_source', 'check_classes', 'decode', 'begin', 'decode_some', 'Stream',
-           'fits', 'read_all', 'some_images', 'ImageSet', 'read_targets', 'open_split', 'load_images', 'random_boxes',
-           'random_flips', 'resize_weights', 'crop', 'uncropped', 'whole', 'check_labels', 'crop_parts', 'whole_parts',
-           'normalize', 'unnormalize', 'data_key', 'check_maps', 'write_maps', 'read_maps']
+           'sheet_source', 'cifar_source', 'open_source', 'check_classes', 'decode', 'begin', 'decode_some', 'Workers',
+           'Stream', 'fits', 'read_all', 'some_images', 'ImageSet', 'read_targets', 'open_split', 'load_images',
+           'random_boxes', 'random_flips', 'resize_weights', 'crop', 'uncropped', 'whole', 'check_labels', 'crop_parts',
+           'whole_parts', 'normalize', 'unnormalize', 'data_key', 'check_maps', 'write_maps', 'read_maps']
 
 # %% ../nbs/01_data.ipynb #0c2eab55
 import csv, hashlib, importlib.util, io, math, mmap, os, signal, sys, tarfile, threading, zlib
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import zip_longest
 from multiprocessing import current_process, get_context
 from multiprocessing.util import Finalize
@@ -248,31 +248,24 @@ def decode_some(jobs): # numbers of images, and of the slots they go to
 KILLED = "a process that decodes images was killed, for want of memory perhaps: lower `data.size`, or run fewer processes"
 
 # %% ../nbs/01_data.ipynb #77afcac1
-class Stream:
-    "What a tensor of decoded images would give, decoded when asked for"
-    def __init__(self, src, ids, size, channels=3, device='cpu'):
-        self.src, self.all, self.size, self.channels, self.device = src, ids, tuple(size), channels, torch.device(device)
-        self.shape, self.pool, self.coming = (len(ids), channels, *size), None, {}  # image -> what decodes it, and its slot
-
-    def __len__(self): return len(self.all)
-    def to(self, device): return Stream(self.src, self.all, self.size, self.channels, device)
-
-    def open(self):
-        "Slots for a gigabyte of images, in memory that processes share, and this process's share of the cores"
-        one, n = math.prod(self.shape[1:]), max(1, os.cpu_count()//int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
-        room = min(len(self), max(1, 2**30//one))
-        self.slots, self.free = np.frombuffer(mmap.mmap(-1, room*one), np.uint8).reshape(room, *self.shape[1:]), list(range(room))
+class Workers:
+    "They decode images into memory that processes share"
+    def __init__(self, src, ids, size, channels):
+        "Slots for a gigabyte of images, and this process's share of the cores"
+        self.ids, self.coming, shape = ids, {}, (channels, *size)  # image -> what decodes it, and its slot
+        one, n = math.prod(shape), max(1, os.cpu_count()//int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+        room = min(len(ids), max(1, 2**30//one))
+        self.slots, self.free = np.frombuffer(mmap.mmap(-1, room*one), np.uint8).reshape(room, *shape), list(range(room))
         alone = sys.platform == 'linux' and not current_process().daemon  # forked, with all that a source holds
         Pool = partial(ProcessPoolExecutor, mp_context=get_context('fork')) if alone else ThreadPoolExecutor
-        self.pool = Pool(min(n, -(-len(self)//8)), initializer=begin, initargs=(alone, self.src, self.size, self.channels, self.slots))
+        self.pool = Pool(min(n, -(-len(ids)//8)), initializer=begin, initargs=(alone, src, size, channels, self.slots))
         Finalize(self, self.pool.shutdown, kwargs=dict(cancel_futures=True), exitpriority=100)  # with the stream, or before a process closes queues and waits for its children
 
     def expect(self, ids):
         "Start to decode what will be asked for, as far as there is room"
-        if self.pool is None: self.open()
         new = [i for i in dict.fromkeys(ids.tolist()) if i not in self.coming][:len(self.free)]
         for some in (new[k:k+8] for k in range(0, len(new), 8)):
-            jobs = [(self.all[i], self.free.pop()) for i in some]
+            jobs = [(self.ids[i], self.free.pop()) for i in some]
             try: job = self.pool.submit(decode_some, jobs)
             except BrokenProcessPool as e: raise SemmaeError(KILLED) from e
             for i, (_, slot) in zip(some, jobs): self.coming[i] = job, slot
@@ -290,19 +283,36 @@ class Stream:
         wait([job])
         self.free.append(slot)
 
+    def take(self, ids, out): # no more than there are slots
+        "Decoded images into a tensor; their slots are free again"
+        self.make_room(ids)
+        self.expect(ids)
+        try:
+            for job, _ in (some := [self.coming[i] for i in ids.tolist()]): job.result()
+            torch.index_select(torch.from_numpy(self.slots), 0, torch.tensor([slot for _, slot in some]), out=out)
+        except BrokenProcessPool as e: raise SemmaeError(KILLED) from e
+        finally:
+            for i in set(ids.tolist()): self.forget(i)
+
+# %% ../nbs/01_data.ipynb #b6dcd71f
+class Stream:
+    "What a tensor of decoded images would give, decoded when asked for"
+    def __init__(self, src, ids, size, channels=3, device='cpu'):
+        self.src, self.all, self.size, self.channels, self.device = src, ids, tuple(size), channels, torch.device(device)
+        self.shape = len(ids), channels, *size
+
+    def __len__(self): return len(self.all)
+    def to(self, device): return Stream(self.src, self.all, self.size, self.channels, device)
+
+    @cached_property
+    def workers(self): return Workers(self.src, self.all, self.size, self.channels)
+
+    def expect(self, ids): self.workers.expect(ids)
+
     def __getitem__(self, ids): # whatever indexes a tensor
-        ids = torch.arange(len(self))[ids]
+        ids, room = torch.arange(len(self))[ids], len(self.workers.slots)
         images = torch.empty(len(ids), *self.shape[1:], dtype=torch.uint8, pin_memory=self.device.type == 'cuda')
-        if self.pool is None: self.open()
-        for part, out in zip(ids.split(len(self.slots)), images.split(len(self.slots))):
-            self.make_room(part)
-            self.expect(part)
-            try:
-                for job, _ in (some := [self.coming[i] for i in part.tolist()]): job.result()
-                torch.index_select(torch.from_numpy(self.slots), 0, torch.tensor([slot for _, slot in some]), out=out)
-            except BrokenProcessPool as e: raise SemmaeError(KILLED) from e
-            finally:
-                for i in set(part.tolist()): self.forget(i)
+        for part, out in zip(ids.split(room), images.split(room)): self.workers.take(part, out)
         return images.to(self.device, non_blocking=True)
 
     def split(self, n):

