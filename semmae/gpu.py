@@ -21,7 +21,7 @@ from .core import best_device, check, device_name, generator, read_json, write_j
 from .data import FIT, Source, load_images, normalize, read_all
 from .learn import learn_parts
 from .masking import n_hidden, random
-from .pretrain import Batches, gradients, make_optimizer, pretrain
+from .pretrain import Batches, Learner, pretrain
 from .speed import make_ours, open_facebook, open_hugging, write_folder
 from .teacher import distil
 from .vit import prepare
@@ -102,7 +102,8 @@ def take_turns(contenders, device, rounds, n): # name -> a function that opens i
 class Fixed:
     "What every step sees: the same images, other masks"
     def __init__(self, imgs, grid): self.imgs, self.batch, self.map = imgs, len(imgs), torch.zeros(len(imgs), *grid, device=imgs.device)
-    def at(self, step, share, shares): return self.imgs, *random(self.map, .75, generator('masks', step, device=self.imgs.device))
+    def at(self, step, share=0, shares=1): return self.imgs, *random(self.map, .75, generator('masks', step, device=self.imgs.device))
+    def __getitem__(self, step): return self.at(step)
 
 def in_steps(learn): # from the number of a step
     "A function that takes so many steps, going on where it was"
@@ -114,12 +115,9 @@ def in_steps(learn): # from the number of a step
 def trainer(model, device, mode=None, **kw): # of torch.compile; None: not compiled
     "A function from what steps see to a function that trains so many of them"
     mae = prepare(make_ours(model, **kw), device).train()
-    if mode: mae.compile(mode=mode, dynamic=False)
-    opt = make_optimizer(mae, dict(opt='adamw', betas=(.9, .95), fused=True), lr=1e-4, weight_decay=.05)
-    def learn(batches, step):
-        gradients(mae, batches, step, 1)
-        opt.step(); opt.zero_grad()
-    return lambda batches: in_steps(partial(learn, batches))
+    adamw = dict(opt='adamw', betas=(.9, .95), fused=True)
+    learner = Learner(mae, adamw, lr=1e-4, weight_decay=.05, clip=None, accumulate=1, ema=None, compile=mode)
+    return lambda batches: in_steps(lambda step: learner(batches, step, 1e-4))
 
 # %% ../nbs/18_gpu.ipynb #fbbd25bb
 def hugging_trainer(model, imgs, attention):

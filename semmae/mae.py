@@ -101,10 +101,14 @@ class MAE(nn.Module):
         shrink = 1 - 1/x.shape[2]  # MAE divides by the unbiased variance, layer_norm by the biased one
         return F.layer_norm(x, x.shape[2:], eps=1e-6*shrink)*math.sqrt(shrink)
 
+    def make(self):
+        "What models of the same make have in common: all but their weights"
+        heads = [m.num_heads for m in self.modules() if hasattr(m, 'num_heads')]
+        return repr((str(self), self.share, self.norm_pixels, self.decoder.kind, self.encoder.patch_embed.img_size, heads))
+
     def key(self):
         "What makes this model this model, its weights as they are included"
-        h = hashlib.blake2b(repr((str(self), self.share, self.norm_pixels, self.decoder.kind, self.encoder.patch_embed.img_size,
-                                  [m.num_heads for m in self.modules() if hasattr(m, 'num_heads')])).encode(), digest_size=16)
+        h = hashlib.blake2b(self.make().encode(), digest_size=16)
         for v in self.state_dict().values(): h.update(v.detach().cpu().contiguous().numpy())
         return h.hexdigest()
 

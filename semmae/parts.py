@@ -5,24 +5,26 @@
 # %% auto #0
 __all__ = ['SOURCES', 'options_of', 'LEARN', 'OPTIONS', 'WITH_BACKGROUND', 'agreement', 'counts', 'matching', 'matched_iou',
            'foreground_iou', 'called_iou', 'score_parts', 'control', 'score_keypoints', 'read_cub', 'looks', 'cells',
-           'k_means', 'nearest', 'Heads', 'Clusters', 'TwoLevel', 'Grid', 'Looking', 'used', 'open_parts', 'regions',
-           'closest', 'rename', 'make_parts', 'judge_parts', 'parts_stage', 'few_maps', 'hardest']
+           'k_means', 'nearest', 'Heads', 'Clusters', 'TwoLevel', 'Grid', 'Looking', 'Ward', 'ward', 'ward_parts',
+           'used', 'open_parts', 'regions', 'closest', 'rename', 'make_parts', 'judge_parts', 'parts_stage', 'few_maps',
+           'hardest']
 
 # %% ../nbs/06_parts.ipynb #0fcfc7a4
-import inspect
+import inspect, warnings
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np, torch
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
-from sklearn.cluster import KMeans
+from sklearn.cluster import AgglomerativeClustering, KMeans
+from sklearn.feature_extraction.image import grid_to_graph
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from torch.nn import functional as F
 
 from .core import best_device, check, file_hash, generator, read_params, write_json
 from .data import SPLITS, check_labels, load_images, read_maps, some_images, whole_parts, write_maps
-from .learn import learn_parts
+from .learn import Learned, find_foreground, learn_parts, tokens
 from .paper import learn_paper_parts
 from .vit import Seen, check_parts, gather, load_encoder, look_at, prepare
 
@@ -203,12 +205,53 @@ class Looking:
 
     def predict(self, images): return torch.cat([self.labels.of(*seen) for seen in looks(self.encoder, images, self.blocks)])
 
+# %% ../nbs/06_parts.ipynb #84df1d35
+class Ward:
+    "Connected clusters in the foreground of every image"
+    def __init__(self, front, n_parts): # a `Learned` that knows the foreground
+        self.front, self.n_parts = front, n_parts
+
+    def predict(self, images): # (B,C,H,W), bytes
+        "Labels (B,h,w), 0 is the background"
+        self.front.state = {k: v.to(images.device) for k, v in self.front.state.items()}
+        seen = zip(images.split(50), tokens(self.front.encoder, images, self.front.blocks))
+        return torch.cat([self.labels(imgs, t) for imgs, t in seen])
+
+    def labels(self, images, t): # (B,h,w,blocks,D), from `tokens`
+        front, (h, w) = self.front.front(self.front.cells(t)).cpu().numpy(), t.shape[1:3]
+        place = torch.stack(torch.meshgrid(torch.arange(h)/h, torch.arange(w)/w, indexing='ij'), -1)
+        colour = F.adaptive_avg_pool2d(images.float()/255, (h, w)).movedim(1, 3)
+        cells = torch.cat([(t/t.shape[3]**.5).flatten(3), place.to(t).expand(len(t), -1, -1, -1), colour], 3).cpu().numpy()
+        return torch.from_numpy(np.stack([ward(*x, self.n_parts - 1) for x in zip(cells, front)])).to(images.device)
+
+def ward(cells, front, n): # (h,w,D), (h,w)
+    "Labels 1 to n of the connected clusters in the foreground of an image, 0 elsewhere"
+    out = front.astype(np.int64)
+    if out.sum() > 1:
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', message='the number of connected components')  # then the nearest are joined
+            clusters = AgglomerativeClustering(min(n, out.sum()), connectivity=grid_to_graph(*front.shape, mask=front))
+            out[front] += clusters.fit_predict(cells[front])
+    return out
+
+def ward_parts(images, encoder,
+               n_parts=5,    # the background is one of them
+               blocks=None,  # whose tokens count; None: the last three
+               share=.35,    # of all cells called foreground
+               seed=0):
+    "Parts that are clusters of each image's own foreground"
+    images, last = some_images(images, seed), len(encoder.blocks)
+    check_parts(n_parts, next(tokens(encoder, images[:1], [None])))
+    front = Learned(encoder, blocks or list(range(max(1, last - 2), last + 1)))
+    find_foreground(front, images, share, generator(seed, 'look'))
+    return Ward(front, n_parts)
+
 # %% ../nbs/06_parts.ipynb #c3d67a69
 options_of = lambda make: [k for k in inspect.signature(make).parameters if k not in ('images', 'encoder', 'there', 'last', 'back', 'seed')]
-LEARN = dict(learned=learn_parts, paper=learn_paper_parts)
+LEARN = dict(learned=learn_parts, paper=learn_paper_parts, ward=ward_parts)
 OPTIONS = dict(grid=options_of(Grid)) | {name: ['block', *options_of(make)] for name, make in SOURCES.items()} | {name: options_of(make) for name, make in LEARN.items()}
 OPTIONS['two_level'].append('foreground_block')  # None: the last
-WITH_BACKGROUND = 'two_level', 'learned', 'paper' # sources whose label 0 is the background
+WITH_BACKGROUND = 'two_level', 'learned', 'paper', 'ward' # sources whose label 0 is the background
 
 def used(source, options):
     "Those options that a source uses: others of `parts` may stay, so that one word changes the source"

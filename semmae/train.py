@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['lr_at', 'Shuffled', 'world', 'join', 'complaint', 'launch', 'run_key', 'Checkpoint', 'check_finite', 'enough_memory',
-           'clock', 'check_scale', 'check_schedule', 'run_epochs', 'plot_loss', 'run_process']
+           'clock', 'Recorded', 'check_scale', 'check_schedule', 'run_epochs', 'plot_loss', 'run_process']
 
 # %% ../nbs/09_train.ipynb #818a9562
 import hashlib, inspect, json, math, os, subprocess, sys, tempfile, time
@@ -147,6 +147,36 @@ def enough_memory(batch, of):
 def clock(seconds):
     "Seconds as minutes:seconds"
     return f'{int(seconds)//60}:{int(seconds)%60:02d}'
+
+# %% ../nbs/09_train.ipynb #7fb7edc5
+class Recorded:
+    "A step on a GPU that is recorded in a CUDA graph when it is first called"
+    def __init__(self, step, state): # tensors -> a tensor; what returns all tensors that a step changes
+        self.step, self.state, self.graph = step, state, None
+
+    def __call__(self, *seen):
+        if self.graph is None:
+            self.record(seen)
+        for mine, x in zip(self.seen, seen):
+            mine.copy_(x)
+        self.graph.replay()
+        return self.out.clone()
+
+    def record(self, seen):
+        "Record a step; the steps that this takes leave no trace"
+        before, side = {id(x): x.detach().clone() for x in self.state()}, torch.cuda.Stream()
+        self.seen = [x.clone() for x in seen]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # what is compiled or allocated at a first step must not be recorded
+            for _ in range(3):
+                self.step(*self.seen)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.out = self.step(*self.seen)
+        with torch.no_grad():
+            for x in self.state():
+                x.copy_(before[id(x)]) if id(x) in before else x.zero_()  # what an optimiser remembers begins at zero
 
 # %% ../nbs/09_train.ipynb #b3b6b18e
 def check_scale(of, scale):
