@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['KEY', 'read_study', 'configure', 'rows_of', 'key_of', 'read_rows', 'add_row', 'judge', 'dense_iou', 'Bench',
-           'make_guide', 'commit_of', 'OutOfTime', 'Watch', 'run_study', 'words', 'in_short', 'list_study', 'main']
+           'make_guide', 'hardware', 'commit_of', 'OutOfTime', 'Watch', 'run_study', 'words', 'in_short', 'list_study',
+           'main']
 
-# %% ../nbs/20_study.ipynb #d0977ee3
+# %% ../nbs/20_study.ipynb #8a70e276
 import argparse, json, math, os, subprocess, time
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 
 from .core import SemmaeError, best_device, changed, check, device_name, read_params, read_yaml, tidy
 from .data import load_images
+from .demo import make_demo
 from .evaluate import accuracy, features, knn, linear_probe, whiten
 from .finetune import linear_head, part_iou, segmented
 from .mae import MAE
@@ -22,9 +24,9 @@ from .masking import find_strategy
 from .parts import OPTIONS, looks, make_parts
 from .pretrain import GRAPH, pretrain
 from .teacher import open_teacher
-from .vit import fresh_encoder
+from .vit import autocast, fresh_encoder
 
-# %% ../nbs/20_study.ipynb #d2ec8bb8
+# %% ../nbs/20_study.ipynb #5492c0f4
 KEY = 'entry', 'ratio', 'epochs', 'seed'  # what tells the rows of a study apart
 
 def read_study(root, name):
@@ -60,7 +62,7 @@ def key_of(row):
     "What tells a row from the others of its study"
     return tuple(row[k] for k in KEY)
 
-# %% ../nbs/20_study.ipynb #44760e7f
+# %% ../nbs/20_study.ipynb #8718199b
 def read_rows(*files):
     "The measured rows in some files, by what tells them apart"
     lines = [line for f in files if Path(f).exists() for line in Path(f).read_text().splitlines()]
@@ -73,7 +75,7 @@ def add_row(file, row):
         f.flush()
         os.fsync(f.fileno())
 
-# %% ../nbs/20_study.ipynb #9bd011e9
+# %% ../nbs/20_study.ipynb #07395db6
 def judge(encoder, splits, # ImageSets: train, val, test
           seed=0):
     "Scores of a frozen encoder"
@@ -96,17 +98,21 @@ def dense_iou(encoder, splits, seed):
     model = linear_head(encoder, train, val, n_parts, seed=seed)
     return part_iou(segmented(model, test.images, test.parts.shape[1:]), test.parts, n_parts).nanmean().item()
 
-# %% ../nbs/20_study.ipynb #140c3dbf
+# %% ../nbs/20_study.ipynb #64c8490a
 class Bench:
     "What the rows of a study share"
     def __init__(self, root, study, source=None): # a folder of the images; None: as the profile says
         self.root, self.study, self.source = Path(root), study, source
         self.device, self.kept, self.guides = best_device(), {}, {}
+        self.about = dict(commit=commit_of(root), device=hardware(self.device))
 
     @cached_property
     def splits(self):
         data = changed(read_params(self.root/'params.yaml', self.study['profile']), self.study['change'], 'a study')['data']
         data = data | ({} if self.source is None else dict(source=self.source))
+        folder = self.root/data['source']
+        if 'draw' in self.study and not folder.exists():
+            make_demo(folder, **self.study['draw'])
         return [d.to(self.device) for d in load_images(**data, root=self.root)]
 
     def guide(self, cfg):
@@ -128,8 +134,8 @@ class Bench:
         trained = time.time() - start
         scores = judge(mae.encoder, self.splits, cfg['seed'])
         about = dict(config={k: cfg[k] for k in ('profile', 'teacher', 'parts', 'encoder', 'decoder', 'pretrain')}, images=[len(d) for d in self.splits],
-                     commit=commit_of(self.root), device=device_name(self.device), trained=round(trained, 1), seconds=round(time.time() - start, 1))
-        return row | dict(loss=history[-1]['loss'], scores=scores) | about
+                     trained=round(trained, 1), seconds=round(time.time() - start, 1))
+        return row | dict(loss=history[-1]['loss'], scores=scores) | about | self.about
 
 def make_guide(cfg, looks_at, train, root):
     "Part maps of the training images, or how much the teacher looks at every cell"
@@ -140,11 +146,18 @@ def make_guide(cfg, looks_at, train, root):
     maps = make_parts(dict(train=train), encoder=encoder, root=root, seed=cfg['seed'], **cfg['parts'])['train']
     return (maps if torch.is_tensor(maps) else torch.cat(list(maps))).to(train.images.device)
 
+def hardware(device):
+    "What numbers were computed on: between two of these a row's last digits differ"
+    if device.type == 'cuda':
+        return device_name(device)
+    kind = 'bfloat16' if isinstance(autocast(device), torch.autocast) else 'float32'
+    return f'{device_name(device)}, {torch.backends.cpu.get_cpu_capability()}, {kind}'
+
 def commit_of(root):
     "The commit that a clone is at"
     return subprocess.run(['git', 'rev-parse', '--short=12', 'HEAD'], cwd=root, capture_output=True, text=True).stdout.strip()
 
-# %% ../nbs/20_study.ipynb #e2561506
+# %% ../nbs/20_study.ipynb #835a72c1
 class OutOfTime(Exception):
     "A row that would not finish in time"
 
@@ -193,7 +206,7 @@ def in_short(row):
     flat = {f'{name} {how}': x['test'] if isinstance(x, dict) else x for name, scores in row['scores'].items() for how, x in scores.items()}
     return ', '.join(f'{k} {100*x:.1f}' for k, x in flat.items())
 
-# %% ../nbs/20_study.ipynb #a81f0d4e
+# %% ../nbs/20_study.ipynb #1e170aef
 def list_study(root, name, log=print):
     "What is measured, what is next, and what it would cost"
     study = read_study(root, name)
@@ -229,6 +242,6 @@ def main():
     except SemmaeError as e:
         raise SystemExit(f'semmae: {e}')
 
-# %% ../nbs/20_study.ipynb #28835ea0
+# %% ../nbs/20_study.ipynb #78e72495
 if __name__ == '__main__' and '__file__' in globals():  # not in a notebook
     main()
