@@ -41,7 +41,7 @@ def check_kind(x, looks_at):
 
 # %% ../nbs/07_masking.ipynb #df22b61a
 def find_strategy(name, ratio, **options):
-    "The strategy of that name with its ratio and options set: a function of (map, gen, progress)"
+    "The strategy of that name with its ratio, or ratios, and options set: a function of (map, gen, progress)"
     check(isinstance(name, str) and name in STRATEGIES, f"there is no masking strategy {name!r}: set `masking.name` to one of {', '.join(STRATEGIES)}")
     f = STRATEGIES[name]
     known = list(inspect.signature(f).parameters)[4:]
@@ -50,7 +50,8 @@ def find_strategy(name, ratio, **options):
         check(x.ndim == 3, f"masking {name!r} was given a map of shape {tuple(x.shape)}: give one of (images, rows, columns)")
         check(0 <= progress <= 1, f"the progress of training is {progress}: it runs from 0 to 1")
         check(gen.device.type == x.device.type, f"the map is on {x.device} and the generator on {gen.device}: make the generator with `device='{x.device}'`")
-        return f(x, ratio, gen, progress, **options)
+        now = ratio[gen.initial_seed() % len(ratio)] if isinstance(ratio, list) else ratio  # the same for all shares of a batch
+        return f(x, now, gen, progress, **options)
     hide.looks_at = f.looks_at
     return hide
 
@@ -116,8 +117,10 @@ def hide_counts(parts,  # (B,h,w)
 # %% ../nbs/07_masking.ipynb #618ba9cb
 def hide_parts(parts, ratio, gen,
                share,           # of intra, λ; the rest is inter
-               background=None):
+               background=None, # the label that is never hidden whole
+               visible=0):      # patches of every other part that stay, where enough others can go
     "Hide a mixture of intra and inter counts"
+    check(type(visible) is int and visible >= 0, f"`masking.visible` is {visible!r}: choose a whole number of patches, or 0")
     n, sizes = n_hidden(parts[0].numel(), ratio), part_sizes(parts)
     others, spared = sizes.clone(), torch.zeros_like(sizes)
     if background is not None:
@@ -126,6 +129,8 @@ def hide_parts(parts, ratio, gen,
         spared = torch.where(where, torch.minimum(sizes*n/parts[0].numel(), (sizes - 1).clamp(min=0)), 0.)
         others = torch.where(where, 0., sizes)
     rest = n - spared.sum(1, keepdim=True)
+    fewer = (others - visible).clamp(min=0)
+    others = torch.where(fewer.sum(1, keepdim=True) >= rest, fewer, others)
     counts = spared + share*intra_counts(others, rest) + (1 - share)*inter_counts(others, rest, gen)
     return hide_counts(parts, sizes, round_counts(counts, gen), n, gen)
 
@@ -135,17 +140,18 @@ def intra(parts, ratio, gen, progress=0., background=None):
     return hide_parts(parts, ratio, gen, 1., background)
 
 @strategy('parts')
-def inter(parts, ratio, gen, progress=0., background=None):
+def inter(parts, ratio, gen, progress=0., background=None, visible=0):
     "Hide whole parts, the last one cut"
-    return hide_parts(parts, ratio, gen, 0., background)
+    return hide_parts(parts, ratio, gen, 0., background, visible)
 
 @strategy('parts')
-def blend(parts, ratio, gen, progress=0., gamma=2., reverse=False, background=None):
+def blend(parts, ratio, gen, progress=0., gamma=2., end=0., reverse=False, background=None, visible=0):
     "SemMAE's curriculum: from intra to inter as training goes on, or the other way round"
     check(isinstance(gamma, (int, float)) and gamma > 0, f"`masking.gamma` is {gamma!r}: choose a number above 0")
     check(reverse in (True, False), f"`masking.reverse` is {reverse!r}: write true or false")
-    share = 1 - progress**gamma
-    return hide_parts(parts, ratio, gen, 1 - share if reverse else share, background)
+    check(isinstance(end, (int, float)) and 0 <= end <= 1, f"`masking.end` is {end!r}: choose a share of intra from 0 to 1")
+    share = end + (1 - end)*(1 - progress**gamma)
+    return hide_parts(parts, ratio, gen, 1 - share if reverse else share, background, visible)
 
 # %% ../nbs/07_masking.ipynb #9607978e
 def ranks(x, gen):

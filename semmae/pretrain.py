@@ -7,7 +7,7 @@ __all__ = ['MODULES', 'GRAPH', 'Batches', 'open_masking', 'open_guide', 'gradien
            'open_learner', 'pretrain', 'train_mae', 'pretrain_stage', 'main']
 
 # %% ../nbs/10_pretrain.ipynb #d0d02e05
-import copy, math
+import copy
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from .core import SemmaeError, best_device, check, check_whole, file_hash, gener
 from .data import check_labels, crop, crop_parts, load_images, normalize, random_boxes, random_flips, read_maps
 from .evaluate import enough_labels
 from .mae import MAE, save_mae
-from .masking import MAX_PARTS, check_kind, find_strategy, n_hidden
+from .masking import MAX_PARTS, check_kind, find_strategy
 from .train import Checkpoint, Recorded, Shuffled, check_scale, check_schedule, enough_memory, join, lr_at, run_epochs, run_key, run_process, world
 from .vit import autocast, fresh_encoder, prepare
 
@@ -41,7 +41,7 @@ class Batches(Shuffled):
         super().__init__(images, epochs, batch, seed, 'pretrain')
         check_scale('pretrain.crop_scale', crop_scale)
         self.grid, self.scale, self.size = grid, crop_scale, tuple(size or images.shape[2:])
-        self.hide, self.n_hidden = open_masking(masking, grid), n_hidden(math.prod(grid), masking['ratio'])
+        self.hide, self.ratio = open_masking(masking, grid), masking['ratio']
         self.guide, self.values = open_guide(guide, self.hide.looks_at, masking, len(images), n_parts)
 
     def at(self, step, share=0, shares=1):
@@ -63,9 +63,12 @@ class Batches(Shuffled):
 def open_masking(masking, grid):
     "The masking that a parameter describes"
     check(isinstance(masking, dict) and {'name', 'ratio'} <= set(masking), f"`pretrain.masking` is {masking!r}: write it as {{name: random, ratio: 0.75}}")
-    hide = find_strategy(**masking)
-    hide(torch.zeros(1, *grid, dtype=torch.long if hide.looks_at == 'parts' else torch.float), generator('try'))  # ratio and options
-    return hide
+    ratios = masking['ratio'] if isinstance(masking['ratio'], list) else [masking['ratio']]
+    check(ratios, "`pretrain.masking.ratio` is an empty list: name at least one ratio")
+    for ratio in ratios:
+        hide = find_strategy(**masking | dict(ratio=ratio))
+        hide(torch.zeros(1, *grid, dtype=torch.long if hide.looks_at == 'parts' else torch.float), generator('try'))  # ratio and options
+    return find_strategy(**masking)
 
 def open_guide(guide, looks_at, masking, n_images, n_parts=None):
     "The maps that the masking looks at, and for labels their values"
@@ -107,7 +110,7 @@ def make_optimizer(model, optimizer, **kw):
     except (TypeError, ValueError, AssertionError, RuntimeError) as e:
         raise SemmaeError(f"timm cannot make the optimiser that `pretrain.optimizer` names, {optimizer!r} ({e}): correct its name and options") from e
 
-# %% ../nbs/10_pretrain.ipynb #94589b62
+# %% ../nbs/10_pretrain.ipynb #21657123
 GRAPH = 'graph'
 
 class Learner:
@@ -116,6 +119,7 @@ class Learner:
         self.mae, self.clip, self.accumulate, self.record = mae, clip, accumulate, None
         options = dict(opt=optimizer) if isinstance(optimizer, str) else optimizer
         if compile == GRAPH:
+            torch._dynamo.config.recompile_limit = 64  # programs for as many numbers of tokens
             for block in (*mae.encoder.blocks, *mae.decoder.blocks):
                 block.compile(dynamic=False)
             self.record, self.lr = Recorded(self.learn, self.state), torch.zeros((), device=mae.decoder.mask_token.device)
@@ -167,7 +171,7 @@ class Learner:
         if self.average:
             self.average.set(self.mae)
 
-# %% ../nbs/10_pretrain.ipynb #4a7a0f30
+# %% ../nbs/10_pretrain.ipynb #7823ffdf
 def check_compile(compile, parts, device):
     "A way to compile that there is, and that works with so many parts of a batch"
     modes = torch._inductor.list_mode_options()
@@ -186,7 +190,7 @@ def open_learner(mae, kept, shapes, of):
     kept[key].restart(mae)
     return kept[key]
 
-# %% ../nbs/10_pretrain.ipynb #26d0750c
+# %% ../nbs/10_pretrain.ipynb #bc549818
 def pretrain(mae,
              images,            # (N,C,H,W) uint8 or a Stream, on the device that trains
              guide=None,        # part labels or scores, see `Batches`
@@ -218,7 +222,7 @@ def pretrain(mae,
     key = run_key(MODULES, images, guide, model=mae.key(), **params)
     with enough_memory(batch, 'pretrain'): prepare(mae, images.device).train()
     of = dict(optimizer=optimizer, lr=lr, weight_decay=weight_decay, clip=clip, accumulate=accumulate, ema=ema, compile=compile)
-    learner = open_learner(mae, kept, (batch, batches.n_hidden), of)
+    learner = open_learner(mae, kept, (batch, batches.ratio), of)
     state = checkpoint and Checkpoint(checkpoint, key, mae=learner.mae, opt=learner.opt, average=learner.average)
     rate = lambda step: lr_at(step, batches.steps, warmup_epochs*batches.per_epoch, lr*batch/256)
     row = lambda epoch: dict(lr=rate(epoch*batches.per_epoch - 1))

@@ -7,7 +7,7 @@ __all__ = ['KEY', 'read_study', 'configure', 'rows_of', 'key_of', 'read_rows', '
            'Bench', 'hardware', 'commit_of', 'OutOfTime', 'Clock', 'run_study', 'words', 'in_short', 'chosen',
            'by_seed', 'half_interval', 'ahead', 'print_ahead', 'difference', 'list_study', 'main']
 
-# %% ../nbs/20_study.ipynb #9022cfb1
+# %% ../nbs/20_study.ipynb #dfe9ae5f
 import argparse, itertools, json, math, os, subprocess, time
 from functools import cached_property, partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from .pretrain import GRAPH, pretrain
 from .teacher import open_teacher
 from .vit import autocast, fresh_encoder
 
-# %% ../nbs/20_study.ipynb #6b4fdbeb
+# %% ../nbs/20_study.ipynb #d9d07bc4
 KEY = 'entry', 'ratio', 'epochs', 'seed', 'tuned'  # what tells the rows of a study apart
 
 def read_study(root, name):
@@ -64,9 +64,9 @@ def rows_of(study):
 
 def key_of(row):
     "What tells a row from the others of its study"
-    return tuple(row.get(k, False) for k in KEY)
+    return tuple(tuple(v) if isinstance(v, list) else v for v in (row.get(k, False) for k in KEY))
 
-# %% ../nbs/20_study.ipynb #de74ceac
+# %% ../nbs/20_study.ipynb #32546e48
 def read_rows(*files):
     "The measured rows in some files, by what tells them apart"
     lines = [line for f in files if Path(f).exists() for line in Path(f).read_text().splitlines()]
@@ -79,7 +79,7 @@ def add_row(file, row):
         f.flush()
         os.fsync(f.fileno())
 
-# %% ../nbs/20_study.ipynb #c493b9a7
+# %% ../nbs/20_study.ipynb #88b6bb0f
 def score_of(*path): # class, linear_mean …
     "A function from a row to one of its scores on test in per cent; None where it has none"
     def score(row):
@@ -90,7 +90,7 @@ def score_of(*path): # class, linear_mean …
         return None if found is None else 100*found
     return score
 
-# %% ../nbs/20_study.ipynb #1e41536a
+# %% ../nbs/20_study.ipynb #29ea72b8
 def judge(encoder, splits, # ImageSets: train, val, test
           seed=0):
     "Scores of a frozen encoder"
@@ -113,7 +113,7 @@ def dense_iou(encoder, splits, seed):
     model = linear_head(encoder, train, val, n_parts, seed=seed)
     return part_iou(segmented(model, test.images, test.parts.shape[1:]), test.parts, n_parts).nanmean().item()
 
-# %% ../nbs/20_study.ipynb #c48f36e8
+# %% ../nbs/20_study.ipynb #0c60c34a
 class Bench:
     "What the rows of a study share"
     def __init__(self, root, study, source=None): # a folder of the images; None: as the profile says
@@ -177,7 +177,7 @@ def commit_of(root):
     command = 'git rev-parse --short=12 HEAD'.split()
     return subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip()
 
-# %% ../nbs/20_study.ipynb #412d89c2
+# %% ../nbs/20_study.ipynb #0648d080
 class OutOfTime(Exception):
     "A row that would not finish in time"
 
@@ -188,7 +188,7 @@ class Clock:
 
     def seconds(self, row, epochs):
         "What is known of so many epochs of a row, and of scoring it"
-        return epochs*self.epoch.get((row['entry'], row['ratio']), 0.) + self.scoring.get(row['tuned'], 0.)
+        return epochs*self.epoch.get(key_of(row)[:2], 0.) + self.scoring.get(row['tuned'], 0.)
 
     def allows(self, row, epochs):
         return time.time() + self.seconds(row, epochs) <= self.until
@@ -199,7 +199,7 @@ class Clock:
         def lap(line):
             laps.append(time.time())
             if len(laps) > 1:  # the first epoch may compile
-                self.epoch[row['entry'], row['ratio']] = (laps[-1] - laps[0])/(len(laps) - 1)
+                self.epoch[key_of(row)[:2]] = (laps[-1] - laps[0])/(len(laps) - 1)
             if len(laps) < 6 and not self.allows(row, left := row['epochs'] - len(laps)):
                 raise OutOfTime(f'it would take {self.seconds(row, left):.0f} s more')
         return lap
@@ -235,7 +235,7 @@ def in_short(row):
     paths = [(name, how) for name, scores in row['scores'].items() for how in scores]
     return ', '.join(f'{name} {how} {score_of(name, how)(row):.1f}' for name, how in paths)
 
-# %% ../nbs/20_study.ipynb #2ea49497
+# %% ../nbs/20_study.ipynb #b2e97467
 def chosen(rows, which): # rows by what tells them apart; entry, ratio …
     "Some of the rows"
     return [r for r in rows.values() if all(r.get(k, False) == v for k, v in which.items())]
@@ -274,19 +274,19 @@ def difference(rows, score, which, base):
     star = '*' if abs(d) > half else ''
     return f'{mean}  {d:+5.1f}' + ('' if math.isnan(half) else f' ± {half:.1f}{star}')
 
-# %% ../nbs/20_study.ipynb #d416c9db
+# %% ../nbs/20_study.ipynb #52f9b430
 def list_study(root, name, log=print):
     "What is measured, what is next, and what it would cost"
     study = read_study(root, name)
     done, cost = read_rows(Path(root)/study['results']), {}
     for r in done.values():
         if r['epochs']:
-            cost.setdefault((r['ratio'], r['device']), []).append(r['trained']/r['epochs'])
+            cost.setdefault((key_of(r)[1], r['device']), []).append(r['trained']/r['epochs'])
     for row in rows_of(study):
         if found := done.get(key_of(row)):
             log(f"{words(row)}: {in_short(found)}  {found['seconds']:.0f} s on {found['device']}")
         else:
-            known = {d: np.median(each) for (ratio, d), each in cost.items() if ratio == row['ratio']}
+            known = {d: np.median(each) for (ratio, d), each in cost.items() if ratio == key_of(row)[1]}
             said = ' or '.join(f"{row['epochs']*seconds:.0f} s on {d}" for d, seconds in known.items())
             log(f"{words(row)}: not measured; {said or 'cost not known'}")
 
@@ -311,6 +311,6 @@ def main():
     except SemmaeError as e:
         raise SystemExit(f'semmae: {e}')
 
-# %% ../nbs/20_study.ipynb #5559a0e1
+# %% ../nbs/20_study.ipynb #6f64a3c3
 if __name__ == '__main__' and '__file__' in globals():  # not in a notebook
     main()

@@ -148,35 +148,37 @@ def clock(seconds):
     "Seconds as minutes:seconds"
     return f'{int(seconds)//60}:{int(seconds)%60:02d}'
 
-# %% ../nbs/09_train.ipynb #7fb7edc5
+# %% ../nbs/09_train.ipynb #d8b83f23
 class Recorded:
-    "A step on a GPU that is recorded in a CUDA graph when it is first called"
+    "A step on a GPU that is recorded in a CUDA graph when it first sees tensors of some shapes"
     def __init__(self, step, state): # tensors -> a tensor; what returns all tensors that a step changes
-        self.step, self.state, self.graph = step, state, None
+        self.step, self.state, self.records = step, state, {}
 
     def __call__(self, *seen):
-        if self.graph is None:
-            self.record(seen)
-        for mine, x in zip(self.seen, seen):
-            mine.copy_(x)
-        self.graph.replay()
-        return self.out.clone()
+        shapes = tuple(x.shape for x in seen)
+        if shapes not in self.records:
+            self.records[shapes] = self.record([x.clone() for x in seen])
+        graph, mine, out = self.records[shapes]
+        for a, b in zip(mine, seen):
+            a.copy_(b)
+        graph.replay()
+        return out.clone()
 
     def record(self, seen):
-        "Record a step; the steps that this takes leave no trace"
+        "A step as a graph, the tensors that it works on, its result; the steps that this takes leave no trace"
         before, side = {id(x): x.detach().clone() for x in self.state()}, torch.cuda.Stream()
-        self.seen = [x.clone() for x in seen]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # what is compiled or allocated at a first step must not be recorded
             for _ in range(3):
-                self.step(*self.seen)
+                self.step(*seen)
         torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.out = self.step(*self.seen)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = self.step(*seen)
         with torch.no_grad():
             for x in self.state():
                 x.copy_(before[id(x)]) if id(x) in before else x.zero_()  # what an optimiser remembers begins at zero
+        return graph, seen, out
 
 # %% ../nbs/09_train.ipynb #b3b6b18e
 def check_scale(of, scale):
