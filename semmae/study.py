@@ -7,7 +7,7 @@ __all__ = ['KEY', 'read_study', 'configure', 'rows_of', 'key_of', 'read_rows', '
            'Bench', 'hardware', 'commit_of', 'OutOfTime', 'Clock', 'run_study', 'words', 'in_short', 'chosen',
            'by_seed', 'half_interval', 'ahead', 'print_ahead', 'difference', 'list_study', 'main']
 
-# %% ../nbs/20_study.ipynb #dfe9ae5f
+# %% ../nbs/20_study.ipynb #b6dfc690
 import argparse, itertools, json, math, os, subprocess, time
 from functools import cached_property, partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from .pretrain import GRAPH, pretrain
 from .teacher import open_teacher
 from .vit import autocast, fresh_encoder
 
-# %% ../nbs/20_study.ipynb #d9d07bc4
+# %% ../nbs/20_study.ipynb #4b32c8be
 KEY = 'entry', 'ratio', 'epochs', 'seed', 'tuned'  # what tells the rows of a study apart
 
 def read_study(root, name):
@@ -46,8 +46,10 @@ def configure(study, row):
     entry, known = row['entry'], study['ablations']
     check(entry in known, f"there is no ablation {entry!r}, which a study names: choose one of {', '.join(known)}")
     cfg = changed(study['base'], known[entry], f'the ablation {entry!r}')
-    masking = cfg['pretrain']['masking'] | {k: v for k, v in row.items() if k == 'ratio'}
-    train = dict(masking=masking) | {k: v for k, v in row.items() if k == 'epochs'}
+    old = cfg['pretrain']
+    ratio, epochs = row.get('ratio', old['masking']['ratio']), row.get('epochs', old['epochs'])
+    warmup = round(old['warmup_epochs']*epochs/old['epochs'])  # the same share of the training
+    train = dict(masking=old['masking'] | dict(ratio=ratio), epochs=epochs, warmup_epochs=warmup)
     return changed(cfg, dict(seed=row['seed'], pretrain=train), 'a row')
 
 def rows_of(study):
@@ -66,7 +68,7 @@ def key_of(row):
     "What tells a row from the others of its study"
     return tuple(tuple(v) if isinstance(v, list) else v for v in (row.get(k, False) for k in KEY))
 
-# %% ../nbs/20_study.ipynb #32546e48
+# %% ../nbs/20_study.ipynb #367ba9dc
 def read_rows(*files):
     "The measured rows in some files, by what tells them apart"
     lines = [line for f in files if Path(f).exists() for line in Path(f).read_text().splitlines()]
@@ -79,7 +81,7 @@ def add_row(file, row):
         f.flush()
         os.fsync(f.fileno())
 
-# %% ../nbs/20_study.ipynb #88b6bb0f
+# %% ../nbs/20_study.ipynb #08625258
 def score_of(*path): # class, linear_mean …
     "A function from a row to one of its scores on test in per cent; None where it has none"
     def score(row):
@@ -90,7 +92,7 @@ def score_of(*path): # class, linear_mean …
         return None if found is None else 100*found
     return score
 
-# %% ../nbs/20_study.ipynb #29ea72b8
+# %% ../nbs/20_study.ipynb #4bb860d2
 def judge(encoder, splits, # ImageSets: train, val, test
           seed=0):
     "Scores of a frozen encoder"
@@ -113,7 +115,7 @@ def dense_iou(encoder, splits, seed):
     model = linear_head(encoder, train, val, n_parts, seed=seed)
     return part_iou(segmented(model, test.images, test.parts.shape[1:]), test.parts, n_parts).nanmean().item()
 
-# %% ../nbs/20_study.ipynb #0c60c34a
+# %% ../nbs/20_study.ipynb #08ff7f04
 class Bench:
     "What the rows of a study share"
     def __init__(self, root, study, source=None): # a folder of the images; None: as the profile says
@@ -177,7 +179,7 @@ def commit_of(root):
     command = 'git rev-parse --short=12 HEAD'.split()
     return subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip()
 
-# %% ../nbs/20_study.ipynb #0648d080
+# %% ../nbs/20_study.ipynb #e05469c3
 class OutOfTime(Exception):
     "A row that would not finish in time"
 
@@ -235,7 +237,7 @@ def in_short(row):
     paths = [(name, how) for name, scores in row['scores'].items() for how in scores]
     return ', '.join(f'{name} {how} {score_of(name, how)(row):.1f}' for name, how in paths)
 
-# %% ../nbs/20_study.ipynb #b2e97467
+# %% ../nbs/20_study.ipynb #f605bfb8
 def chosen(rows, which): # rows by what tells them apart; entry, ratio …
     "Some of the rows"
     return [r for r in rows.values() if all(r.get(k, False) == v for k, v in which.items())]
@@ -274,7 +276,7 @@ def difference(rows, score, which, base):
     star = '*' if abs(d) > half else ''
     return f'{mean}  {d:+5.1f}' + ('' if math.isnan(half) else f' ± {half:.1f}{star}')
 
-# %% ../nbs/20_study.ipynb #52f9b430
+# %% ../nbs/20_study.ipynb #8224e5d0
 def list_study(root, name, log=print):
     "What is measured, what is next, and what it would cost"
     study = read_study(root, name)
@@ -311,6 +313,6 @@ def main():
     except SemmaeError as e:
         raise SystemExit(f'semmae: {e}')
 
-# %% ../nbs/20_study.ipynb #6f64a3c3
+# %% ../nbs/20_study.ipynb #1692e518
 if __name__ == '__main__' and '__file__' in globals():  # not in a notebook
     main()
