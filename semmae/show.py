@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TAB', 'COLOURS', 'STYLE', 'show_rows', 'paint_parts', 'show_parts', 'show_regions', 'percent', 'show_dots',
-           'show_ahead', 'text', 'heading', 'table', 'picture', 'figure', 'page']
+           'show_ahead', 'plot_loss', 'plot_history', 'text', 'heading', 'table', 'picture', 'figure', 'page']
 
 # %% ../nbs/14_show.ipynb #bcb80e3a
-import base64, html, io
+import base64, html, io, math
 
 import matplotlib.pyplot as plt
 import torch
@@ -96,6 +96,30 @@ def show_ahead(rows,      # label -> difference, half its interval
     ax.invert_yaxis()
     ax.set_xlabel(axis)
     ax.spines[['top', 'right', 'left']].set_visible(False)
+    return fig
+
+# %% ../nbs/14_show.ipynb #92e85199
+def plot_loss(history, figsize=(5, 2.5)):
+    "The loss by epoch, as a figure"
+    fig, ax = plt.subplots(figsize=figsize, dpi=120)
+    ax.plot([r['epoch'] for r in history], [r['loss'] for r in history], color='#3b6ea5')
+    ax.set(xlabel='epoch', ylabel='training loss')
+    ax.spines[['top', 'right']].set_visible(False)
+    return fig
+
+def plot_history(history, figsize=(6, 2.2)):
+    "A teacher's loss, what its answers carry, and its k-NN, by epoch"
+    titles = {'loss': 'loss', 'bits': 'bits that two views share', 'knn_': 'k-NN on val'}
+    panels = {title: keys for start, title in titles.items() if (keys := [k for k in history[0] if k.startswith(start)])}
+    fig, axs = plt.subplots(1, len(panels), figsize=figsize, dpi=120, layout='constrained')
+    for ax, (title, keys) in zip(axs, panels.items()):
+        for k in keys:
+            xy = [(r['epoch'], r[k]) for r in history if not math.isnan(r[k])]
+            ax.plot(*zip(*xy), label=k.removeprefix('knn_'))
+        ax.set_title(title, loc='left', fontsize=9)
+        ax.spines[['top', 'right']].set_visible(False)
+        if len(keys) > 1: ax.legend(frameon=False, fontsize=8)
+    axs[0].set_xlabel('epoch')
     return fig
 
 # %% ../nbs/14_show.ipynb #4de885fd

@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['GREY', 'OPENED', 'TRAINED', 'random_colours', 'view', 'place', 'random_blocks', 'Standard', 'Head', 'everywhere',
            'balance', 'cross', 'Told', 'Distiller', 'shared', 'check_bits', 'Views', 'check_distil', 'rise', 'distil',
-           'val_knn', 'check_teacher', 'open_teacher', 'teacher_stage', 'plot_history']
+           'val_knn', 'check_teacher', 'open_teacher', 'teacher_stage']
 
 # %% ../nbs/03_teacher.ipynb #d5778e1d
 import copy, inspect, math
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib.pyplot as plt
 import torch
 from timm.optim import create_optimizer_v2
 from torch import distributed as dist, nn
@@ -240,7 +239,7 @@ def distil(encoder,           # fresh; trained in place, in the end the average 
     with enough_memory(batch, 'teacher'): both = prepare(Distiller(encoder, n_words, balanced, seed), images.device)
     model = DistributedDataParallel(both) if ranks > 1 else both
     opt = create_optimizer_v2(both, 'adamw', lr=lr, weight_decay=weight_decay, fused=True)
-    key = run_key(('core', 'data', 'vit', 'train', 'teacher'), images, model=repr((encoder, encoder.recipe)), **params)
+    key = run_key('teacher', images, model=repr((encoder, encoder.recipe)), **params)
     state, told = checkpoint and Checkpoint(checkpoint, key, both=both, opt=opt), []
     def learn(step):
         for group in opt.param_groups: group['lr'] = lr_at(step, views.steps, warmup_epochs*views.per_epoch, lr*batch/256)
@@ -315,19 +314,3 @@ def teacher_stage(root, profile=None):
     if history: write_csv(out/'history.csv', history)
     scores = compare({'teacher': encoder.to(device)}, splits)
     write_json(metrics, dict(split='test', images=len(splits[2]), seed=cfg['seed'], checkpoint=file_hash(out/'encoder.safetensors'), **scores))
-
-# %% ../nbs/03_teacher.ipynb #a27fe883
-def plot_history(history, figsize=(6, 2.2)):
-    "The loss, what the teacher's answers carry, and its k-NN, by epoch"
-    titles = {'loss': 'loss', 'bits': 'bits that two views share', 'knn_': 'k-NN on val'}
-    panels = {title: keys for start, title in titles.items() if (keys := [k for k in history[0] if k.startswith(start)])}
-    fig, axs = plt.subplots(1, len(panels), figsize=figsize, dpi=120, layout='constrained')
-    for ax, (title, keys) in zip(axs, panels.items()):
-        for k in keys:
-            xy = [(r['epoch'], r[k]) for r in history if not math.isnan(r[k])]
-            ax.plot(*zip(*xy), label=k.removeprefix('knn_'))
-        ax.set_title(title, loc='left', fontsize=9)
-        ax.spines[['top', 'right']].set_visible(False)
-        if len(keys) > 1: ax.legend(frameon=False, fontsize=8)
-    axs[0].set_xlabel('epoch')
-    return fig

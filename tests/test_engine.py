@@ -15,7 +15,7 @@ from conftest import ROOT, environment, wait_for
 from worker import IMAGES, MAPS, cramped, killed, starved, tune, work
 
 from semmae.core import SemmaeError, read_json
-from semmae.pretrain import MODULES, main, pretrain_stage
+from semmae.pretrain import main, pretrain_stage
 from semmae.train import launch, run_key
 
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node']
@@ -142,15 +142,17 @@ def test_a_checkpoint_of_other_parameters_is_not_continued(tmp_path, other):
 
 
 def test_nor_of_other_data_or_code(tmp_path):
-    key = lambda images, maps, **kw: run_key(MODULES, images, maps, lr=1., **kw)
+    key = lambda images, maps, **kw: run_key('pretrain', images, maps, lr=1., **kw)
     images, maps = IMAGES.clone(), MAPS.clone()
     images[3, 0, 5, 5] += 1
     maps[3, 1, 1] += 1
     keys = {key(IMAGES, MAPS), key(images, MAPS), key(IMAGES, maps), key(IMAGES, None)}
-    shutil.copytree(ROOT/'semmae', tmp_path/'semmae')
-    with open(tmp_path/'semmae/masking.py', 'a') as f: f.write('# another\n')
     assert key(IMAGES.clone(), MAPS.clone()) in keys
-    assert len(keys | {key(IMAGES, MAPS, code=tmp_path/'semmae')}) == 5
+    for module in 'masking', 'attend', 'show':
+        shutil.copytree(ROOT/'semmae', tmp_path/module)
+        with open(tmp_path/f'{module}/{module}.py', 'a') as f: f.write('# another\n')
+        keys.add(key(IMAGES, MAPS, code=tmp_path/module))
+    assert len(keys) == 6, 'an edited kernel is other code, an edited plot is not'
 
 
 def test_a_stream_gives_what_memory_gives(whole, tmp_path):

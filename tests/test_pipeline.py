@@ -23,7 +23,7 @@ from semmae.pretrain import pretrain_stage
 from semmae.teacher import teacher_stage
 from semmae.train import launch
 
-RESULTS = ['runs/teacher/encoder.safetensors', 'runs/teacher/history.png', 'runs/parts/train.npy', 'runs/metrics/teacher.json', 'runs/metrics/parts.json', 'runs/pretrain/encoder.safetensors', 'runs/pretrain/loss.csv', 'runs/pretrain/loss.png', 'runs/metrics/probe.json',
+RESULTS = ['runs/teacher/encoder.safetensors', 'runs/teacher/history.csv', 'runs/parts/train.npy', 'runs/metrics/teacher.json', 'runs/metrics/parts.json', 'runs/pretrain/encoder.safetensors', 'runs/pretrain/loss.csv', 'runs/metrics/probe.json',
            'runs/ablate/random/encoder.safetensors', 'runs/metrics/ablate/inter.json', 'runs/finetune/said.json', 'runs/segment/maps.npz', 'runs/report/index.html']
 
 ABLATIONS = ['ablate@random', 'ablate@inter']
@@ -88,7 +88,7 @@ def test_nothing_runs_twice(done):
 
 def test_report_is_one_page(done):
     page = (done[0]/'runs/report/index.html').read_text()
-    assert page.count('<img src="data:image/png;base64,') == 7 and 'FG-NMI' in page and 'http' not in page
+    assert page.count('<img src="data:image/png;base64,') == 8 and 'FG-NMI' in page and 'http' not in page
     assert 'smoke run' in page and 'linear probe' in page
 
 
@@ -134,6 +134,18 @@ def test_forgotten_export(done):
     assert out.returncode != 0
     assert 'exported: semmae/masking.py differs from its notebook: run `nbdev_export`, and `dvc repro` again' in out.stdout
     assert 'Traceback' not in out.stdout and "Running stage 'pretrain'" not in out.stdout
+
+
+@pytest.mark.parametrize('module, old, new, again', [('14_show', '#3b6ea5', '#b5562f', {'report'}),
+                                                     ('19_attend', 'A head of an image', 'One head of an image', {*STAGES, 'pretrain'})])
+def test_an_edit_reruns_what_uses_it(done, module, old, new, again):
+    "A plot only the report, which no training waits for; the attention kernel all that runs an encoder"
+    project, _ = done
+    nb = project/f'nbs/{module}.ipynb'
+    assert old in nb.read_text()
+    nb.write_text(nb.read_text().replace(old, new))
+    sh(project, 'nbdev_export && dvc repro exported')
+    assert set(would_run(project)) == again
 
 
 def test_a_mistake_is_one_sentence(done):

@@ -15,8 +15,10 @@ from conftest import ROOT, sh, wait_for
 from semmae.core import generator
 
 README = (ROOT/'README.md').read_text()
-BASH = [line.split('#')[0].strip() for block in re.findall(r'```bash\n(.*?)```', README, re.S) for line in block.splitlines() if line.strip()]
-PYTHON = re.findall(r'```python\n(.*?)```', README, re.S)
+BLOCKS = re.findall(r'^```(\w*)\n(.*?)^```', README, re.S | re.M)
+lines_of = lambda language: [line.split('  #')[0].strip() for k, block in BLOCKS if k == language for line in block.splitlines() if line.strip()]
+BASH, PYTHON = lines_of('bash'), [block for k, block in BLOCKS if k == 'python']
+LARGE = [line for line in lines_of('') if line.isascii()]  # commands for GPUs; the drawing of the pipeline is none
 SETUP = "python3 -m venv .venv && . .venv/bin/activate && pip install -e '.[dev]' && dvc pull data && "
 
 
@@ -47,11 +49,8 @@ def test_command(project, command, tmp_path, monkeypatch):
     if 'photos' in command: assert 'no classes' in (project/'runs/report/index.html').read_text()
     sh(project, 'git checkout -q . && git clean -qfd && dvc checkout -q --force data')
 
-def test_jupyterlab_opens(project):
+def test_jupyterlab_opens(project, port):
     command = next(c for c in BASH if c.startswith('jupyter'))
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
     lab = subprocess.Popen([*command.split(), '--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}', '--IdentityProvider.token=test'],
                            cwd=project, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     def answer(page):
@@ -61,6 +60,25 @@ def test_jupyterlab_opens(project):
         wait_for(lambda: answer('lab'))
         assert b'# core' in answer('api/contents/00_core.ipynb')
     finally: os.killpg(lab.pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.parametrize('command', LARGE, ids=['study', 'benchmark', 'torchrun'])
+def test_command_for_a_gpu(project, command, port):
+    "As it stands, with what needs a GPU or hours made small"
+    smaller = {'--minutes 9': '--minutes 0', "'nbs/studies/gpu.json', checkout='../mae'": "'runs/gpu.json', size='toy', blocks=['parts']",
+               '--nnodes=2 --nproc-per-node=8': '--nnodes=1 --nproc-per-node=2', 'HOST:29400': f'127.0.0.1:{port}', 'semmae-pretrain . cifar10': 'semmae-pretrain . smoke'}
+    small = command
+    for old, new in smaller.items(): small = small.replace(old, new)
+    assert small != command
+    sh(project, small)
+    sh(project, 'git checkout -q . && git clean -qfd && dvc checkout -q --force')
 
 
 @pytest.mark.parametrize('code', PYTHON, ids=['library', 'parts', 'maps', 'strategy'])
