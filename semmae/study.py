@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['KEY', 'read_study', 'configure', 'rows_of', 'key_of', 'read_rows', 'add_row', 'score_of', 'judge', 'dense_iou',
-           'Bench', 'hardware', 'commit_of', 'OutOfTime', 'Clock', 'run_study', 'words', 'in_short', 'chosen',
-           'by_seed', 'half_interval', 'ahead', 'print_ahead', 'difference', 'list_study', 'main']
+           'Bench', 'train', 'measure', 'hardware', 'commit_of', 'OutOfTime', 'Clock', 'run_study', 'words', 'in_short',
+           'chosen', 'by_seed', 'half_interval', 'ahead', 'print_ahead', 'difference', 'list_study', 'main']
 
-# %% ../nbs/20_study.ipynb #b6dfc690
+# %% ../nbs/20_study.ipynb #34c2f5b2
 import argparse, itertools, json, math, os, subprocess, time
 from functools import cached_property, partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from .pretrain import GRAPH, pretrain
 from .teacher import open_teacher
 from .vit import autocast, fresh_encoder
 
-# %% ../nbs/20_study.ipynb #4b32c8be
+# %% ../nbs/20_study.ipynb #86b17fb7
 KEY = 'entry', 'ratio', 'epochs', 'seed', 'tuned'  # what tells the rows of a study apart
 
 def read_study(root, name):
@@ -68,7 +68,7 @@ def key_of(row):
     "What tells a row from the others of its study"
     return tuple(tuple(v) if isinstance(v, list) else v for v in (row.get(k, False) for k in KEY))
 
-# %% ../nbs/20_study.ipynb #367ba9dc
+# %% ../nbs/20_study.ipynb #f46c651b
 def read_rows(*files):
     "The measured rows in some files, by what tells them apart"
     lines = [line for f in files if Path(f).exists() for line in Path(f).read_text().splitlines()]
@@ -81,7 +81,7 @@ def add_row(file, row):
         f.flush()
         os.fsync(f.fileno())
 
-# %% ../nbs/20_study.ipynb #08625258
+# %% ../nbs/20_study.ipynb #185a7b20
 def score_of(*path): # class, linear_mean …
     "A function from a row to one of its scores on test in per cent; None where it has none"
     def score(row):
@@ -92,7 +92,7 @@ def score_of(*path): # class, linear_mean …
         return None if found is None else 100*found
     return score
 
-# %% ../nbs/20_study.ipynb #4bb860d2
+# %% ../nbs/20_study.ipynb #864ad932
 def judge(encoder, splits, # ImageSets: train, val, test
           seed=0):
     "Scores of a frozen encoder"
@@ -115,7 +115,7 @@ def dense_iou(encoder, splits, seed):
     model = linear_head(encoder, train, val, n_parts, seed=seed)
     return part_iou(segmented(model, test.images, test.parts.shape[1:]), test.parts, n_parts).nanmean().item()
 
-# %% ../nbs/20_study.ipynb #08ff7f04
+# %% ../nbs/20_study.ipynb #4f4874d0
 class Bench:
     "What the rows of a study share"
     def __init__(self, root, study, source=None): # a folder of the images; None: as the profile says
@@ -143,29 +143,30 @@ class Bench:
             self.guides = {key: make_guide(cfg, encoder, self.splits[0], self.root)}  # one at a time
         return self.guides[key]
 
-    def train(self, cfg, log):
-        "The autoencoder of a row, and its last loss; with no epochs, as it starts"
-        mae = MAE(fresh_encoder(cfg), **cfg['decoder'], seed=cfg['seed'])
-        if not cfg['pretrain']['epochs']:
-            return mae, None
-        options = cfg['pretrain'] | dict(compile=GRAPH if self.device.type == 'cuda' else None)
-        images, guide = self.splits[0].images, self.guide(cfg)
-        history = pretrain(mae, images, guide, **options, seed=cfg['seed'], kept=self.kept, log=log)
-        return mae, history[-1]['loss']
+# %% ../nbs/20_study.ipynb #922bbca0
+def train(bench, cfg, log):
+    "The autoencoder of a row, and its last loss; with no epochs, as it starts"
+    mae = MAE(fresh_encoder(cfg), **cfg['decoder'], seed=cfg['seed'])
+    if not cfg['pretrain']['epochs']:
+        return mae, None
+    options = cfg['pretrain'] | dict(compile=GRAPH if bench.device.type == 'cuda' else None)
+    images, guide = bench.splits[0].images, bench.guide(cfg)
+    history = pretrain(mae, images, guide, **options, seed=cfg['seed'], kept=bench.kept, log=log)
+    return mae, history[-1]['loss']
 
-    def measure(self, row, log):
-        "Train and score a row"
-        start, cfg = time.time(), configure(self.study, row)
-        mae, loss = self.train(cfg, log)
-        trained, scores = time.time(), judge(mae.encoder, self.splits, cfg['seed'])
-        if row['tuned']:
-            pred, _ = tune(cfg, mae.encoder, *self.splits[::2], log=lambda line: None)
-            scores['class']['tuned'] = accuracy(pred, self.splits[2].targets['class'])
-        config = {k: cfg[k] for k in ('profile', 'teacher', 'parts', 'encoder', 'decoder', 'pretrain')}
-        config |= {k: cfg[k] for k in ('finetune',) if row['tuned']}
-        seconds = dict(trained=round(trained - start, 1), seconds=round(time.time() - start, 1))
-        about = dict(config=config, images=[len(d) for d in self.splits]) | seconds | self.about
-        return row | dict(loss=loss, scores=scores) | about
+def measure(bench, row, log):
+    "A row, trained and scored, and how"
+    start, cfg = time.time(), configure(bench.study, row)
+    mae, loss = train(bench, cfg, log)
+    trained, scores = time.time(), judge(mae.encoder, bench.splits, cfg['seed'])
+    if row['tuned']:
+        pred, _ = tune(cfg, mae.encoder, *bench.splits[::2], log=lambda line: None)
+        scores['class']['tuned'] = accuracy(pred, bench.splits[2].targets['class'])
+    config = {k: cfg[k] for k in ('profile', 'teacher', 'parts', 'encoder', 'decoder', 'pretrain')}
+    config |= {k: cfg[k] for k in ('finetune',) if row['tuned']}
+    seconds = dict(trained=round(trained - start, 1), seconds=round(time.time() - start, 1))
+    about = dict(config=config, images=[len(d) for d in bench.splits]) | seconds | bench.about
+    return row | dict(loss=loss, scores=scores) | about
 
 def hardware(device):
     "What numbers were computed on: between two of these a row's last digits differ"
@@ -179,7 +180,7 @@ def commit_of(root):
     command = 'git rev-parse --short=12 HEAD'.split()
     return subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip()
 
-# %% ../nbs/20_study.ipynb #e05469c3
+# %% ../nbs/20_study.ipynb #23222d39
 class OutOfTime(Exception):
     "A row that would not finish in time"
 
@@ -219,7 +220,7 @@ def run_study(root, name, file,
     for row in rows[share[0]::share[1]]:
         if key_of(row) not in read_rows(results, file) and clock.allows(row, row['epochs']):
             try:
-                measured = bench.measure(row, clock.watch(row))
+                measured = measure(bench, row, clock.watch(row))
             except (OutOfTime, SemmaeError) as e:
                 log(f'{words(row)}: {e}')  # others go on
                 continue
@@ -237,7 +238,7 @@ def in_short(row):
     paths = [(name, how) for name, scores in row['scores'].items() for how in scores]
     return ', '.join(f'{name} {how} {score_of(name, how)(row):.1f}' for name, how in paths)
 
-# %% ../nbs/20_study.ipynb #f605bfb8
+# %% ../nbs/20_study.ipynb #b5656984
 def chosen(rows, which): # rows by what tells them apart; entry, ratio …
     "Some of the rows"
     return [r for r in rows.values() if all(r.get(k, False) == v for k, v in which.items())]
@@ -276,7 +277,7 @@ def difference(rows, score, which, base):
     star = '*' if abs(d) > half else ''
     return f'{mean}  {d:+5.1f}' + ('' if math.isnan(half) else f' ± {half:.1f}{star}')
 
-# %% ../nbs/20_study.ipynb #8224e5d0
+# %% ../nbs/20_study.ipynb #8fd48332
 def list_study(root, name, log=print):
     "What is measured, what is next, and what it would cost"
     study = read_study(root, name)
@@ -313,6 +314,6 @@ def main():
     except SemmaeError as e:
         raise SystemExit(f'semmae: {e}')
 
-# %% ../nbs/20_study.ipynb #1692e518
+# %% ../nbs/20_study.ipynb #713d19f2
 if __name__ == '__main__' and '__file__' in globals():  # not in a notebook
     main()
