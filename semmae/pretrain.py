@@ -108,7 +108,7 @@ def make_optimizer(model, optimizer, **kw):
     except (TypeError, ValueError, AssertionError, RuntimeError) as e:
         raise SemmaeError(f"timm cannot make the optimiser that `pretrain.optimizer` names, {optimizer!r} ({e}): correct its name and options") from e
 
-# %% ../nbs/10_pretrain.ipynb #da97d0db
+# %% ../nbs/10_pretrain.ipynb #2ca0950d
 GRAPH = 'graph'
 
 def compile_model(mae, how):
@@ -120,7 +120,7 @@ def compile_model(mae, how):
     else:
         mae.compile(**{'mode' if how in torch._inductor.list_mode_options() else 'backend': how}, dynamic=False)
 
-# %% ../nbs/10_pretrain.ipynb #960c7fc6
+# %% ../nbs/10_pretrain.ipynb #a7ac99bc
 class Learner:
     "A model, its optimiser, and a step of learning"
     def __init__(self, mae, optimizer, lr, weight_decay, clip, accumulate, ema, compile):
@@ -164,19 +164,23 @@ class Learner:
         self.opt.step()
         self.opt.zero_grad()
 
+    def memory(self):
+        "The tensors in which the optimiser remembers earlier steps"
+        return [v for s in self.opt.state.values() for v in s.values() if torch.is_tensor(v)]
+
     def state(self):
-        "All tensors that a step changes, what the optimiser remembers last"
-        return [*self.mae.parameters(), *(v for s in self.opt.state.values() for v in s.values() if torch.is_tensor(v))]
+        "All tensors that a step changes"
+        return [*self.mae.parameters(), *self.memory()]
 
     def restart(self, mae):
         "Begin anew with the weights of another model"
         self.mae.load_state_dict(mae.state_dict())
-        for x in self.state()[len(list(self.mae.parameters())):]:
+        for x in self.memory():
             x.zero_()
         if self.average:
             self.average.set(self.mae)
 
-# %% ../nbs/10_pretrain.ipynb #62d2e1e3
+# %% ../nbs/10_pretrain.ipynb #87d32ad3
 def check_compile(compile, parts, device):
     "A way to compile that there is, and that works with so many parts of a batch"
     modes = torch._inductor.list_mode_options()
@@ -195,7 +199,7 @@ def open_learner(mae, kept, shapes, of):
     kept[key].restart(mae)
     return kept[key]
 
-# %% ../nbs/10_pretrain.ipynb #0ffe16c4
+# %% ../nbs/10_pretrain.ipynb #edcbf241
 def pretrain(mae,
              images,            # (N,C,H,W) uint8 or a Stream, on the device that trains
              guide=None,        # part labels or scores, see `Batches`

@@ -7,7 +7,7 @@ __all__ = ['KEY', 'read_study', 'configure', 'rows_of', 'key_of', 'read_rows', '
            'Bench', 'train', 'measure', 'hardware', 'commit_of', 'OutOfTime', 'Clock', 'run_study', 'words', 'in_short',
            'chosen', 'by_seed', 'half_interval', 'ahead', 'print_ahead', 'difference', 'list_study', 'main']
 
-# %% ../nbs/20_study.ipynb #e0c5a166
+# %% ../nbs/20_study.ipynb #7850df2a
 import argparse, itertools, json, math, os, subprocess, time
 from functools import cached_property, partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from .pretrain import GRAPH, pretrain
 from .teacher import open_teacher
 from .vit import autocast, fresh_encoder
 
-# %% ../nbs/20_study.ipynb #001a52d6
+# %% ../nbs/20_study.ipynb #cca54697
 KEY = 'entry', 'ratio', 'epochs', 'seed', 'tuned'  # what tells the rows of a study apart
 
 def read_study(root, name):
@@ -68,7 +68,7 @@ def key_of(row):
     "What tells a row from the others of its study"
     return tuple(tuple(v) if isinstance(v, list) else v for v in (row.get(k, False) for k in KEY))
 
-# %% ../nbs/20_study.ipynb #8b792995
+# %% ../nbs/20_study.ipynb #e9b51045
 def read_rows(*files):
     "The measured rows in some files, by what tells them apart"
     lines = [line for f in files if Path(f).exists() for line in Path(f).read_text().splitlines()]
@@ -81,7 +81,7 @@ def add_row(file, row):
         f.flush()
         os.fsync(f.fileno())
 
-# %% ../nbs/20_study.ipynb #63152e92
+# %% ../nbs/20_study.ipynb #c62cec02
 def score_of(*path): # class, linear_mean …
     "A function from a row to one of its scores on test in per cent; None where it has none"
     def score(row):
@@ -92,7 +92,7 @@ def score_of(*path): # class, linear_mean …
         return None if found is None else 100*found
     return score
 
-# %% ../nbs/20_study.ipynb #65d1f350
+# %% ../nbs/20_study.ipynb #cd333efb
 def judge(encoder, splits, # ImageSets: train, val, test
           seed=0):
     "Scores of a frozen encoder"
@@ -115,7 +115,7 @@ def dense_iou(encoder, splits, seed):
     model = linear_head(encoder, train, val, n_parts, seed=seed)
     return part_iou(segmented(model, test.images, test.parts.shape[1:]), test.parts, n_parts).nanmean().item()
 
-# %% ../nbs/20_study.ipynb #08899b2b
+# %% ../nbs/20_study.ipynb #9ece42be
 class Bench:
     "What the rows of a study share"
     def __init__(self, root, study, source=None): # a folder of the images; None: as the profile says
@@ -143,7 +143,7 @@ class Bench:
             self.guides = {key: make_guide(cfg, encoder, self.splits[0], self.root)}  # one at a time
         return self.guides[key]
 
-# %% ../nbs/20_study.ipynb #dd9a27c0
+# %% ../nbs/20_study.ipynb #e550a99c
 def train(bench, cfg, log):
     "The autoencoder of a row, and its last loss; with no epochs, as it starts"
     mae = MAE(fresh_encoder(cfg), **cfg['decoder'], seed=cfg['seed'])
@@ -180,7 +180,7 @@ def commit_of(root):
     command = 'git rev-parse --short=12 HEAD'.split()
     return subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip()
 
-# %% ../nbs/20_study.ipynb #c319cc98
+# %% ../nbs/20_study.ipynb #aed11126
 class OutOfTime(Exception):
     "A row that would not finish in time"
 
@@ -207,6 +207,7 @@ class Clock:
                 raise OutOfTime(f'it would take {self.seconds(row, left):.0f} s more')
         return lap
 
+# %% ../nbs/20_study.ipynb #0cbb0b9a
 def run_study(root, name, file,
               minutes=math.inf,
               only=None,      # entries; None: all
@@ -238,7 +239,7 @@ def in_short(row):
     paths = [(name, how) for name, scores in row['scores'].items() for how in scores]
     return ', '.join(f'{name} {how} {score_of(name, how)(row):.1f}' for name, how in paths)
 
-# %% ../nbs/20_study.ipynb #d05b117a
+# %% ../nbs/20_study.ipynb #51f165e2
 def chosen(rows, which): # rows by what tells them apart; entry, ratio …
     "Some of the rows"
     return [r for r in rows.values() if all(r.get(k, False) == v for k, v in which.items())]
@@ -277,7 +278,7 @@ def difference(rows, score, which, base):
     star = '*' if abs(d) > half else ''
     return f'{mean}  {d:+5.1f}' + ('' if math.isnan(half) else f' ± {half:.1f}{star}')
 
-# %% ../nbs/20_study.ipynb #792a4750
+# %% ../nbs/20_study.ipynb #e3839a3e
 def list_study(root, name, log=print):
     "What is measured, what is next, and what it would cost"
     study = read_study(root, name)
@@ -314,6 +315,6 @@ def main():
     except SemmaeError as e:
         raise SystemExit(f'semmae: {e}')
 
-# %% ../nbs/20_study.ipynb #aebadd5d
+# %% ../nbs/20_study.ipynb #f2ef2b32
 if __name__ == '__main__' and '__file__' in globals():  # not in a notebook
     main()
