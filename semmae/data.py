@@ -7,9 +7,9 @@ __all__ = ['SPLITS', 'SYNONYMS', 'CIFAR10', 'SHEETS', 'WORK', 'KILLED', 'FIT', '
            'hidden', 'folder_source', 'read_at', 'read_tar', 'tar_source', 'timm_source', 'targets_of', 'class_names',
            'sheet_source', 'read_cifar', 'cifar_source', 'open_source', 'check_classes', 'decode', 'begin',
            'decode_some', 'Workers', 'Stream', 'fits', 'read_all', 'some_images', 'ImageSet', 'read_targets',
-           'open_split', 'load_images', 'random_boxes', 'random_flips', 'resize_weights', 'crop', 'uncropped', 'whole',
-           'check_labels', 'crop_parts', 'whole_parts', 'normalize', 'unnormalize', 'data_key', 'check_maps',
-           'write_maps', 'read_maps']
+           'open_split', 'load_images', 'few_labels', 'random_boxes', 'random_flips', 'resize_weights', 'crop',
+           'uncropped', 'whole', 'check_labels', 'crop_parts', 'whole_parts', 'normalize', 'unnormalize', 'data_key',
+           'check_maps', 'write_maps', 'read_maps']
 
 # %% ../nbs/01_data.ipynb #0c2eab55
 import csv, hashlib, importlib.util, io, math, mmap, os, signal, sys, tarfile, threading, zlib
@@ -21,13 +21,13 @@ from itertools import zip_longest
 from multiprocessing import current_process, get_context
 from multiprocessing.util import Finalize
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Literal
 
 import numpy as np, torch
 from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_dataset
 
-from .core import SemmaeError, atomic, check, constant, die_with_parent, draw, file_hash, generator, read_json, write_json
+from .core import Count, SemmaeError, Share, Size, atomic, check, constant, die_with_parent, draw, file_hash, generator, read_json, write_json
 
 # %% ../nbs/01_data.ipynb #8ea4fbe2
 SPLITS = 'train', 'val', 'test'
@@ -211,7 +211,6 @@ def cifar_source(path):
 def open_source(source,   # folder, tar file, or timm's name
                 root='.'): # what relative paths start from
     "The source that `source` names, its classes checked"
-    check(isinstance(source, (str, Path)), f"`data.source` is {source!r}: set it to an image folder, a tar or a timm dataset name")
     path = (Path(root)/Path(source).expanduser()).resolve()
     if path.is_dir():
         read = sheet_source if any(path.glob('*_parts.png')) else cifar_source if (path/'train_lables.json').is_file() else folder_source
@@ -405,17 +404,30 @@ def open_split(src,         # a Source
     parts = torch.from_numpy(np.stack([src.parts(i) for i in ids])) if src.parts else None
     return ImageSet(images if stream else read_all(images), *read_targets(src, ids), parts, [src.names[i] for i in ids])
 
-def load_images(source, splits=SPLITS, root='.', *, size, channels=3, limit=None,
-                stream=None): # None: when the images do not fit
-    "The splits of a source: what stages start with"
-    check(channels in (1, 3), f"`data.channels` is {channels}: images are read with 1 or 3")
-    check(np.shape(size) == (2,) and all(isinstance(n, int) and n > 0 for n in size), f"`data.size` is {size}: set it to [height, width]")
-    check(limit is None or isinstance(limit, int) and limit > 0, f"`data.limit` is {limit}: set it to a number of images, or to null for all")
-    check(stream in (None, True, False), f"`data.stream` is {stream!r}: set it to true, false, or null for what fits")
+def load_images(source: str,        # an image folder, a tar of one, or timm's name for a dataset
+                splits=SPLITS, root='.', *,
+                size: Size,
+                channels: Literal[1, 3] = 3,
+                limit: Count | None = None,
+                stream: bool | None = None): # None: when the images do not fit
+    "Load the splits of a source, decoded or as streams"
     src = open_source(source, root)
     number = sum(min(limit or len(src.splits), src.splits.count(s)) for s in splits)
     if stream is None: stream = not fits(number*channels*math.prod(size))
     return [open_split(src, s, size, channels, limit, stream) for s in splits]
+
+# %% ../nbs/01_data.ipynb #f48c8cff
+def few_labels(classes, # (N,)
+               share: Share, seed=0, names=None):
+    "Which images keep their labels, the same share of every class"
+    order = torch.randperm(len(classes), generator=generator(seed, 'few labels', share)).to(classes.device)
+    out = []
+    for c in range(len(names) if names else int(classes.max()) + 1):
+        own = order[classes[order] == c]
+        n, whose = round(share*len(own)), f'class {names[c] if names else c}' if classes.any() else 'the training set'
+        check(n > 0, f"{whose} has {len(own)} images, of which {100*share:g} % is none: raise the share of labels, or give more images")
+        out.append(own[:n])
+    return torch.cat(out).sort().values
 
 # %% ../nbs/01_data.ipynb #21e20515
 def random_boxes(n, gen,             # how many, and from which generator

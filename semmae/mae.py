@@ -8,6 +8,7 @@ __all__ = ['CrossBlock', 'Decoder', 'MAE', 'reconstruct', 'save_mae', 'load_mae'
 # %% ../nbs/08_mae.ipynb #6ef9c360
 import hashlib, math
 from functools import partial
+from typing import Literal
 
 import torch
 from safetensors.torch import save_file
@@ -16,7 +17,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 from torch.nn import functional as F
 
-from .core import SemmaeError, atomic, blank, check, patchify, unpatchify
+from .core import Layers, SemmaeError, Share, Width, atomic, blank, check, patchify, unpatchify
 from .vit import encode, gather, init_mae, load_encoder, read_weights, save_encoder, sincos
 
 # %% ../nbs/08_mae.ipynb #899641e1
@@ -65,18 +66,16 @@ class Decoder(nn.Module):
 class MAE(nn.Module):
     "Encoder, decoder and loss of a masked autoencoder"
     def __init__(self,
-                 encoder,          # a timm VisionTransformer
-                 kind='self',      # of the decoder: self or cross
-                 width=128,
-                 depth=2,
-                 heads=4,
-                 share=1.,         # of the hidden patches to predict
-                 norm_pixels=True, # compare pixels after normalising every patch
+                 encoder,                               # a timm VisionTransformer
+                 kind: Literal['self', 'cross'] = 'self', # of the decoder
+                 width: Width = 128,
+                 depth: Layers = 2,
+                 heads: Layers = 4,
+                 share: Share = 1.,                     # of the hidden patches to predict
+                 norm_pixels: bool = True,              # compare pixels after normalising every patch
                  seed=0):
         super().__init__()
-        check(kind in ('self', 'cross'), f"`decoder.kind` is {kind!r}: choose self or cross")
         check(width % heads == 0, f"a decoder {width} wide cannot have {heads} heads: choose `decoder.width` as a multiple of `decoder.heads`")
-        check(0 < share <= 1, f"`decoder.share` is {share}: choose a share of the hidden patches above 0, at most 1")
         check(share == 1 or kind == 'cross', "`decoder.share` is for `decoder.kind: cross`: hidden tokens that attend to one another need one another")
         encoder.pos_embed.requires_grad_(False)  # fixed, as in MAE
         self.encoder, self.share, self.norm_pixels = encoder, share, norm_pixels

@@ -8,16 +8,17 @@ __all__ = ['STRATEGIES', 'MAX_PARTS', 'COLOURS', 'n_hidden', 'strategy', 'check_
            'blend', 'ranks', 'hide_lowest', 'attention_high', 'attention_hint', 'spans', 'block', 'colour']
 
 # %% ../nbs/07_masking.ipynb #de3ad2d9
-import inspect, math
+import math
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Gt, Le, Len
 
-from .core import check, draw
+from .core import Inner, Label, Unit, Whole, check, draw
 
 # %% ../nbs/07_masking.ipynb #afbb7191
 def n_hidden(n_patches, ratio):
     "How many of an image's patches to hide"
-    check(isinstance(ratio, (int, float)) and 0 <= ratio <= 1, f"`masking.ratio` is {ratio!r}: choose a number between 0 and 1")
     n = n_patches - int(n_patches*(1-ratio))
     check(0 < n < n_patches, f"a mask ratio of {ratio} hides {n} of {n_patches} patches: choose `masking.ratio` so that some stay and some go")
     return n
@@ -40,15 +41,12 @@ def check_kind(x, looks_at):
     check(torch.is_tensor(x) and x.is_floating_point() == (looks_at == 'scores'), f"this masking strategy looks at {what[looks_at]}")
 
 # %% ../nbs/07_masking.ipynb #df22b61a
-def find_strategy(name, ratio, **options):
+def find_strategy(name: str, ratio: Inner | Annotated[list[Inner], Len(1)], **options):
     "The strategy of that name with its ratio, or ratios, and options set: a function of (map, gen, progress)"
-    check(isinstance(name, str) and name in STRATEGIES, f"there is no masking strategy {name!r}: set `masking.name` to one of {', '.join(STRATEGIES)}")
+    check(name in STRATEGIES, f"there is no masking strategy {name!r}: set `masking.name` to one of {', '.join(STRATEGIES)}")
     f = STRATEGIES[name]
-    known = list(inspect.signature(f).parameters)[4:]
-    for o in options: check(o in known, f"masking {name!r} has no option {o!r}: it has {', '.join(known) or 'none'}")
     def hide(x, gen, progress=0.):
         check(x.ndim == 3, f"masking {name!r} was given a map of shape {tuple(x.shape)}: give one of (images, rows, columns)")
-        check(0 <= progress <= 1, f"the progress of training is {progress}: it runs from 0 to 1")
         check(gen.device.type == x.device.type, f"the map is on {x.device} and the generator on {gen.device}: make the generator with `device='{x.device}'`")
         now = ratio[gen.initial_seed() % len(ratio)] if isinstance(ratio, list) else ratio  # the same for all shares of a batch
         return f(x, now, gen, progress, **options)
@@ -120,11 +118,9 @@ def hide_parts(parts, ratio, gen,
                background=None, # the label that is never hidden whole
                visible=0):      # patches of every other part that stay, where enough others can go
     "Hide a mixture of intra and inter counts"
-    check(type(visible) is int and visible >= 0, f"`masking.visible` is {visible!r}: choose a whole number of patches, or 0")
     n, sizes = n_hidden(parts[0].numel(), ratio), part_sizes(parts)
     others, spared = sizes.clone(), torch.zeros_like(sizes)
     if background is not None:
-        check(type(background) is int and 0 <= background < MAX_PARTS, f"`masking.background` is {background!r}: set it to the label of the background")
         where = torch.arange(sizes.shape[1], device=parts.device) == background
         spared = torch.where(where, torch.minimum(sizes*n/parts[0].numel(), (sizes - 1).clamp(min=0)), 0.)
         others = torch.where(where, 0., sizes)
@@ -135,21 +131,22 @@ def hide_parts(parts, ratio, gen,
     return hide_counts(parts, sizes, round_counts(counts, gen), n, gen)
 
 @strategy('parts')
-def intra(parts, ratio, gen, progress=0., background=None):
+def intra(parts, ratio, gen, progress=0., background: Label | None = None):
     "Hide the same share of every part"
     return hide_parts(parts, ratio, gen, 1., background)
 
 @strategy('parts')
-def inter(parts, ratio, gen, progress=0., background=None, visible=0):
+def inter(parts, ratio, gen, progress=0., background: Label | None = None, visible: Whole = 0):
     "Hide whole parts, the last one cut"
     return hide_parts(parts, ratio, gen, 0., background, visible)
 
 @strategy('parts')
-def blend(parts, ratio, gen, progress=0., gamma=2., end=0., reverse=False, background=None, visible=0):
+def blend(parts, ratio, gen, progress=0.,
+          gamma: Annotated[float, Gt(0), Le(1e6)] = 2.,
+          end: Unit = 0.,        # share of intra at the end
+          reverse: bool = False, # from inter to intra
+          background: Label | None = None, visible: Whole = 0):
     "SemMAE's curriculum: from intra to inter as training goes on, or the other way round"
-    check(isinstance(gamma, (int, float)) and gamma > 0, f"`masking.gamma` is {gamma!r}: choose a number above 0")
-    check(reverse in (True, False), f"`masking.reverse` is {reverse!r}: write true or false")
-    check(isinstance(end, (int, float)) and 0 <= end <= 1, f"`masking.end` is {end!r}: choose a share of intra from 0 to 1")
     share = end + (1 - end)*(1 - progress**gamma)
     return hide_parts(parts, ratio, gen, 1 - share if reverse else share, background, visible)
 
@@ -173,10 +170,9 @@ def attention_high(scores, ratio, gen, progress=0.):
     return hide_lowest(-scores.flatten(1).float(), n_hidden(scores[0].numel(), ratio), gen)
 
 @strategy('scores')
-def attention_hint(scores, ratio, gen, progress=0., top=.1, show=.5):
+def attention_hint(scores, ratio, gen, progress=0., top: Unit = .1, show: Unit = .5):
     "Hide what is attended most, but for a random share `show` of the very `top`"
     check_kind(scores, 'scores')
-    for share in (top, show): check(isinstance(share, (int, float)) and 0 <= share <= 1, f"`masking.top` and `masking.show` are {top!r} and {show!r}: choose shares between 0 and 1")
     L = scores[0].numel()
     n, m = n_hidden(L, ratio), int(L*top)
     rank = ranks(-scores.flatten(1).float(), gen)
@@ -207,9 +203,8 @@ COLOURS = dict(red=lambda blur: blur(2.), blue=lambda blur: 1 - blur(.5),
                green=lambda blur: blur(.5) - blur(2.), purple=lambda blur: 1 - blur(.5) + blur(2.))
 
 @strategy()
-def colour(x, ratio, gen, progress=0., noise='green'):
+def colour(x, ratio, gen, progress=0., noise: Literal['red', 'blue', 'green', 'purple'] = 'green'):
     "Hide the lowest values of filtered noise"
-    check(isinstance(noise, str) and noise in COLOURS, f"`masking.noise` is {noise!r}: choose one of {', '.join(COLOURS)}")
     h, w = (2*s for s in x.shape[1:])  # twice as large as needed: a filter by Fourier transform wraps around
     frequency = torch.fft.fftfreq(h, device=x.device)[:, None]**2 + torch.fft.rfftfreq(w, device=x.device)**2
     spectrum = COLOURS[noise](lambda sigma: torch.exp(-2*math.pi**2*sigma**2*frequency))

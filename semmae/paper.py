@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .core import check, check_whole, generator
+from .core import Amount, Count, Layers, Parts, check, generator
 from .data import some_images
 from .vit import border, check_parts, look, prepare
 
@@ -110,12 +110,13 @@ def learning_parts(images, encoder, n_parts=6, block=None, diversity=1., steps=4
         schedule.step()
         yield parts
 
-def learn_paper_parts(images, encoder, n_parts=6, block=None,
-                      diversity=1., # weight of the loss that keeps maps apart
-                      steps=400, seed=0):
-    "Parts learned as the paper does"
-    check(type(diversity) in (int, float) and diversity >= 0, f"`parts.diversity` is {diversity!r}: choose a weight, at least 0")
-    check_whole('parts', steps=steps)
+def learn_paper_parts(images, encoder,
+                      n_parts: Parts = 6,
+                      block: Layers | None = None,
+                      diversity: Amount = 1., # weight of the loss that keeps maps apart
+                      steps: Count = 400,
+                      seed=0):
+    "Learn parts as the paper does"
     images = some_images(images, seed)
     for parts in learning_parts(images, encoder, n_parts, block, diversity, steps, seed): pass
     labels = parts.predict(images)

@@ -4,25 +4,22 @@
 
 # %% auto #0
 __all__ = ['GRAPH', 'Batches', 'open_masking', 'open_guide', 'gradients', 'make_optimizer', 'compile_model', 'Learner',
-           'check_compile', 'open_learner', 'pretrain', 'train_mae', 'pretrain_stage', 'main']
+           'check_compile', 'open_learner', 'pretrain']
 
 # %% ../nbs/10_pretrain.ipynb #d0d02e05
 import copy
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 
-from .core import SemmaeError, best_device, check, check_whole, file_hash, generator, read_params, write_csv, write_json
-from .data import check_labels, crop, crop_parts, load_images, normalize, random_boxes, random_flips, read_maps
-from .evaluate import enough_labels
-from .mae import MAE, save_mae
+from .core import Amount, Count, Inner, Parts, Scale, SemmaeError, Whole, check, generator
+from .data import check_labels, crop, crop_parts, normalize, random_boxes, random_flips
 from .masking import MAX_PARTS, check_kind, find_strategy
-from .train import Checkpoint, Recorded, Shuffled, check_scale, check_schedule, enough_memory, join, lr_at, run_epochs, run_key, run_process, world
-from .vit import autocast, fresh_encoder, prepare
+from .train import Checkpoint, Recorded, Shuffled, enough_memory, lr_at, run_epochs, run_key, world
+from .vit import autocast, prepare
 
 # %% ../nbs/10_pretrain.ipynb #6f8e8422
 class Batches(Shuffled):
@@ -39,7 +36,6 @@ class Batches(Shuffled):
                  size=None,           # (height, width) of the crops; None: that of the images
                  seed=0):
         super().__init__(images, epochs, batch, seed, 'pretrain')
-        check_scale('pretrain.crop_scale', crop_scale)
         self.grid, self.scale, self.size = grid, crop_scale, tuple(size or images.shape[2:])
         self.hide, self.ratio = open_masking(masking, grid), masking['ratio']
         self.guide, self.values = open_guide(guide, self.hide.looks_at, masking, len(images), n_parts)
@@ -62,10 +58,7 @@ class Batches(Shuffled):
 # %% ../nbs/10_pretrain.ipynb #36ab745c
 def open_masking(masking, grid):
     "The masking that a parameter describes"
-    check(isinstance(masking, dict) and {'name', 'ratio'} <= set(masking), f"`pretrain.masking` is {masking!r}: write it as {{name: random, ratio: 0.75}}")
-    ratios = masking['ratio'] if isinstance(masking['ratio'], list) else [masking['ratio']]
-    check(ratios, "`pretrain.masking.ratio` is an empty list: name at least one ratio")
-    for ratio in ratios:
+    for ratio in masking['ratio'] if isinstance(masking['ratio'], list) else [masking['ratio']]:
         hide = find_strategy(**masking | dict(ratio=ratio))
         hide(torch.zeros(1, *grid, dtype=torch.long if hide.looks_at == 'parts' else torch.float), generator('try'))  # ratio and options
     return find_strategy(**masking)
@@ -181,12 +174,12 @@ class Learner:
             self.average.set(self.mae)
 
 # %% ../nbs/10_pretrain.ipynb #87d32ad3
-def check_compile(compile, parts, device):
+def check_compile(compile, parts, device=None): # None: wherever it may run
     "A way to compile that there is, and that works with so many parts of a batch"
     modes = torch._inductor.list_mode_options()
     known = [*modes, GRAPH, *torch._dynamo.list_backends(())]
     check(compile is None or compile in known, f"`pretrain.compile` is {compile!r}: choose null, graph, one of {', '.join(modes)}, or a backend of torch.compile")
-    check(compile != GRAPH or device.type == 'cuda', "`pretrain.compile` is 'graph', which records a step on a GPU, and there is none: set it to null")
+    check(device is None or compile != GRAPH or device.type == 'cuda', "`pretrain.compile` is 'graph', which records a step on a GPU, and there is none: set it to null")
     recorded = compile == GRAPH or modes.get(compile, {}).get('triton.cudagraphs')
     check(parts == 1 or not recorded, f"`pretrain.compile` is {compile!r}, which keeps gradients in CUDA graphs, for one process and one turn: choose default, or set `processes` and `pretrain.accumulate` to 1")
 
@@ -202,33 +195,35 @@ def open_learner(mae, kept, shapes, of):
 # %% ../nbs/10_pretrain.ipynb #edcbf241
 def pretrain(mae,
              images,            # (N,C,H,W) uint8 or a Stream, on the device that trains
-             guide=None,        # part labels or scores, see `Batches`
-             epochs=800,
-             batch=256,         # images a step, of all processes together
-             lr=1.5e-4,         # per 256 images
-             warmup_epochs=40,
-             weight_decay=.05,
-             optimizer=dict(opt='adamw', betas=(.9, .95), fused=True), # any of timm's, or its name
-             clip=None,         # norm of the gradient
-             accumulate=1,      # turns that a process cuts its share of a batch into, to save memory
-             ema=None,          # decay of an average of the weights, which is then the result
-             compile=None,      # a mode of torch.compile, a backend, or graph, which records a step in a CUDA graph
+             guide=None,               # part labels or scores, see `Batches`
+             masking: dict = dict(name='random', ratio=.75), # a strategy of semmae.masking, its ratio and options
+             epochs: Whole = 800,
+             batch: Count = 256,       # images a step, of all processes together
+             lr: Amount = 1.5e-4,      # per 256 images
+             warmup_epochs: Amount = 40,
+             weight_decay: Amount = .05,
+             crop_scale: Scale = (.2, 1.), # area of the random crops
+             n_parts: Parts | None = None, # labels lie below it; None: whatever the map holds
+             optimizer: str | dict = dict(opt='adamw', betas=(.9, .95), fused=True), # any of timm's, or its name
+             clip: Amount | None = None, # norm of the gradient
+             accumulate: Count = 1,    # turns that a process cuts its share of a batch into, to save memory
+             ema: Inner | None = None, # decay of an average of the weights, which is then the result
+             compile: str | None = None, # a mode of torch.compile, a backend, or graph, which records a step in a CUDA graph
              seed=0,
-             checkpoint=None,   # a file to go on from
-             kept=None,         # a dict of learners: a later run of the same shapes finds its programs there
-             log=print,
-             **kw):             # masking, crop_scale, n_parts: see `Batches`
+             checkpoint=None,          # a file to go on from
+             kept=None,                # a dict of learners: a later run of the same shapes finds its programs there
+             log=print):
     "Train `mae` in place; rows of epoch, step, loss, lr"
-    params = {k: v for k, v in locals().items() if k not in ('mae', 'images', 'guide', 'checkpoint', 'kept', 'log')}
-    ranks = world()[1]
-    for k in kw: check(k in ('masking', 'crop_scale', 'n_parts'), f"`pretrain` has no parameter {k!r}: remove or correct it")
-    batches = Batches(images, mae.grid, guide, epochs=epochs, batch=batch, seed=seed, size=mae.encoder.patch_embed.img_size, **kw)
-    check_whole('pretrain', accumulate=accumulate)
-    check_schedule('pretrain', epochs, warmup_epochs=warmup_epochs, lr=lr, weight_decay=weight_decay, clip=clip or 0, ema=ema or 0)
-    check(batch >= ranks*accumulate, f"a batch of {batch} cannot be cut into {ranks} processes × {accumulate} turns: raise `pretrain.batch`, or lower `pretrain.accumulate`")
-    check(not ema or ema < 1, f"`pretrain.ema` is {ema}: choose a decay below 1")
-    check_compile(compile, ranks*accumulate, images.device)
-    key = run_key('pretrain', images, guide, model=mae.key(), **params)
+    if not epochs:
+        return []
+    ranks, size = world()[1], mae.encoder.patch_embed.img_size
+    batches = Batches(images, mae.grid, guide, masking, epochs, batch, crop_scale, n_parts, size, seed)
+    turns = ranks*accumulate
+    check(batch >= turns, f"a batch of {batch} cannot be cut into {turns} turns of {ranks} processes: raise `pretrain.batch`, or lower `pretrain.accumulate`")
+    check_compile(compile, turns, images.device)
+    key = run_key('pretrain', images, guide, model=mae.key(),
+                  options=(masking, epochs, batch, lr, warmup_epochs, weight_decay, crop_scale, n_parts, optimizer, clip,
+                           accumulate, ema, compile, seed))
     with enough_memory(batch, 'pretrain'): prepare(mae, images.device).train()
     of = dict(optimizer=optimizer, lr=lr, weight_decay=weight_decay, clip=clip, accumulate=accumulate, ema=ema, compile=compile)
     learner = open_learner(mae, kept, (batch, batches.ratio), of)
@@ -238,26 +233,3 @@ def pretrain(mae,
     history = run_epochs(lambda step: learner(batches, step, rate(step)), learner.mae, epochs, batches.per_epoch, batch, 'pretrain', state, row, log)
     mae.load_state_dict((learner.average.module if ema else learner.mae).state_dict())
     return history
-
-# %% ../nbs/10_pretrain.ipynb #8acde6be
-def train_mae(cfg, images, guide, checkpoint=None, log=print):
-    "The autoencoder that a profile of params.yaml describes, trained, and rows of what every epoch did"
-    mae = MAE(fresh_encoder(cfg), **cfg['decoder'], seed=cfg['seed'])
-    return mae, pretrain(mae, images, guide, **cfg['pretrain'], seed=cfg['seed'], checkpoint=checkpoint, log=log)
-
-def pretrain_stage(root, profile=None):
-    "Pretrain as a profile of params.yaml says, results in runs/pretrain, the state in runs/unfinished"
-    cfg = read_params(f'{root}/params.yaml', profile)
-    device, out = join(best_device()), f'{root}/runs/pretrain'
-    data = load_images(**cfg['data'], splits=['train'], root=root)[0].to(device)
-    enough_labels(cfg, data)
-    guide = None if cfg['parts']['source'] == 'none' else read_maps(f'{root}/runs/parts', 'train', data.images).to(device)
-    mae, history = train_mae(cfg, data.images, guide, Path(f'{root}/runs/unfinished/pretrain.pt'))
-    if world()[0] == 0:
-        save_mae(mae, out)
-        write_csv(f'{out}/loss.csv', history)
-        write_json(f'{root}/runs/metrics/pretrain.json', dict(loss=history[-1]['loss'], split='train', images=len(data), seed=cfg['seed'], checkpoint=file_hash(f'{out}/encoder.safetensors')))
-
-def main():
-    "The command `semmae-pretrain ROOT [PROFILE]`, for torchrun"
-    run_process(pretrain_stage)

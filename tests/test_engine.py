@@ -15,8 +15,8 @@ from conftest import ROOT, environment, wait_for
 from worker import IMAGES, MAPS, cramped, killed, starved, tune, work
 
 from semmae.core import SemmaeError, read_json
-from semmae.pretrain import main, pretrain_stage
-from semmae.train import launch, run_key
+from semmae.pipeline.train import train_stage
+from semmae.train import launch, run_key, run_process
 
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node']
 workers = get_context('forkserver')
@@ -191,14 +191,8 @@ def test_a_rank_ends_with_its_parent(monkeypatch):
     called = []
     monkeypatch.setattr('semmae.train.world', lambda: (0, 2))
     monkeypatch.setattr('semmae.train.die_with_parent', lambda: called.append('watches'))
-    monkeypatch.setattr('semmae.pretrain.pretrain_stage', lambda *a: called.append('trains'))
-    main()
+    run_process(lambda *args: called.append('trains'))
     assert called == ['watches', 'trains']
-
-
-@pytest.mark.parametrize('processes', [0, 'two', 1.5, True])
-def test_a_wrong_number_of_processes_is_one_sentence(processes):
-    with pytest.raises(SemmaeError, match='`processes` is .*: set it to a whole number'): launch(pretrain_stage, processes=processes)
 
 
 def test_a_process_that_is_killed_is_one_sentence(monkeypatch):
@@ -207,4 +201,4 @@ def test_a_process_that_is_killed_is_one_sentence(monkeypatch):
 
 
 def test_a_mistake_in_several_processes_is_one_sentence(tmp_path):
-    with pytest.raises(SemmaeError, match=r'params.yaml is missing: run from the project.s folder$'): launch(pretrain_stage, str(tmp_path), processes=2)
+    with pytest.raises(SemmaeError, match=r'params.yaml is missing: run from the project.s folder$'): launch(train_stage, str(tmp_path), processes=2)

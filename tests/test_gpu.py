@@ -7,9 +7,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from semmae.core import generator, read_json
-from semmae.gpu import FULL, MODELS, TINY, TOY, Fixed, benchmark, facebook_trainer, on_paper, shape, step_flops, take_turns, trainer
+from semmae.bench.gpu import FULL, MODELS, TINY, TOY, Fixed, benchmark, facebook_trainer, on_paper, shape, step_flops, take_turns, trainer
 from semmae.masking import random
-from semmae.speed import make_ours
+from semmae.bench.speed import make_ours
 
 CPU = torch.device('cpu')
 
@@ -80,7 +80,7 @@ def test_the_loop_of_a_checkout_is_called_as_it_expects(tmp_path, monkeypatch):
     for name, text in CHECKOUT.items():
         (tmp_path/name).parent.mkdir(exist_ok=True)
         (tmp_path/name).write_text(text)
-    monkeypatch.setattr('semmae.speed.stand_ins', lambda: None)
+    monkeypatch.setattr('semmae.bench.speed.stand_ins', lambda: None)
     monkeypatch.setattr(sys, 'path', list(sys.path))
     facebook_trainer(TINY, torch.zeros(2, 3, 32, 32), str(tmp_path))(5)
     assert sys.modules['engine_pretrain'].SEEN == [[5, 0, .75, (2, 3, 32, 32)]]

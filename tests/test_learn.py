@@ -179,14 +179,6 @@ def test_learned_parts_come_back_from_their_file_and_from_no_other(planted, tmp_
     with pytest.raises(SemmaeError, match='were learned on another encoder'): load_learned(tmp_path/'parts.safetensors', nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize('wrong, says', [(dict(across=8), '`parts.across` is 8'), (dict(steps=.5), '`parts.steps` is 0.5'), (dict(share=35), '`parts.share` is 35'),
-                                         (dict(pastes=-1), '`parts.pastes` is -1'), (dict(blocks=5), '`parts.blocks` is 5')])
-def test_a_mistake_is_found_before_anything_is_looked_at(monkeypatch, wrong, says):
-    def looked(*args): raise AssertionError('looked')
-    monkeypatch.setattr('semmae.learn.look_at', looked)
-    with pytest.raises(SemmaeError, match=says): learn_parts(torch.zeros(4, 3, 16, 16, dtype=torch.uint8), Planted(), **wrong)
-
-
 def test_a_profile_may_ask_for_them(planted):
     encoder, images = planted
     maps = make_parts(dict(train=ImageSet(images), test=ImageSet(images[:8])), 'learned', encoder, n_parts=4, pastes=0, steps=10, share=.3, block=2)

@@ -13,7 +13,8 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from semmae.core import SemmaeError, generator
 from semmae.data import ImageSet, load_images, read_maps, whole_parts, write_maps
-from semmae.parts import called_iou, closest, control, few_maps, foreground_iou, hardest, judge_parts, make_parts, matched_iou, open_parts, read_cub, regions, score_keypoints, score_parts
+from semmae.parts import called_iou, closest, control, foreground_iou, hardest, judge_parts, make_parts, matched_iou, open_parts, read_cub, regions, score_keypoints, score_parts
+from semmae.pipeline.report import few_maps
 from semmae.vit import Seen, make_encoder, save_encoder
 
 ROOT = Path(__file__).parent.parent
@@ -176,9 +177,10 @@ def test_a_head_is_the_one_that_looks_most(stub):
 
 def loud(images, blocks, k=30.):
     "The same, but head 0 looks at everything `k` times as hard and some tokens are `k` times as long"
-    there, last = Stub.seen(images, blocks)
-    much = torch.rand(last.patches.shape[:3], generator=generator('loud'))[..., None]*k + 1
-    return [there._replace(attention=there.attention*torch.tensor([k, 1, 1, 1])[:, None, None], patches=there.patches*much), last._replace(patches=last.patches*much)]
+    seen = Stub.seen(images, blocks)
+    much = torch.rand(seen[0].patches.shape[:3], generator=generator('loud'))[..., None]*k + 1
+    hard = torch.tensor([k, 1, 1, 1])[:, None, None]
+    return [s._replace(attention=s.attention*hard if block == 1 else s.attention, patches=s.patches*much) for s, block in zip(seen, blocks)]
 
 
 def test_directions_count_and_not_how_loud_they_are(stub, monkeypatch):
@@ -276,7 +278,7 @@ def test_heads_and_k_means_stand_beside_learned_maps(tmp_path):
     images, maps = few_maps(tmp_path, dict(data=data, seed=0, parts=dict(source='learned', n_parts=3, block=1)))
     assert list(maps) == ['true parts', 'heads', 'k_means', 'learned'] and {len(m) for m in maps.values()} == {len(images)} == {20}
     assert torch.equal(maps['learned'], maps['true parts']) and maps['k_means'].shape == (20, 8, 8)
-    assert list(few_maps(tmp_path, dict(data=data, seed=0, parts=dict(source='two_level', n_parts=3)))[1]) == ['true parts', 'two_level']
+    assert list(few_maps(tmp_path, dict(data=data, seed=0, parts=dict(source='grid', n_parts=4)))[1]) == ['true parts', 'grid'], 'a grid looks through nothing'
 
 
 def test_the_hardest_images_are_those_whose_maps_tell_nothing():

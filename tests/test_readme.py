@@ -43,8 +43,7 @@ def test_command(project, command, tmp_path, monkeypatch):
         command += ' -S profiles.smoke.pretrain.batch=16'
     if 'cifar10' in command:  # needs the network: that DVC finds every stage and parameter is what can be shown here
         command = 'sed -i "s/^profile: smoke/profile: cifar10/" params.yaml && dvc repro --dry'
-    if 'source=given' in command: command += ' pretrain'   # the stages that differ; photos go to the end
-    if 'ablate=' in command: command += ' report'
+    if 'source=given' in command: command += ' train@semmae'   # the stages that differ; photos go to the end
     sh(project, small(command))
     if 'photos' in command: assert 'no classes' in (project/'runs/report/index.html').read_text()
     sh(project, 'git checkout -q . && git clean -qfd && dvc checkout -q --force data')
@@ -73,7 +72,7 @@ def port():
 def test_command_for_a_gpu(project, command, port):
     "As it stands, with what needs a GPU or hours made small"
     smaller = {'--minutes 9': '--minutes 0', "'nbs/studies/gpu.json', checkout='../mae'": "'runs/gpu.json', size='toy', blocks=['parts']",
-               '--nnodes=2 --nproc-per-node=8': '--nnodes=1 --nproc-per-node=2', 'HOST:29400': f'127.0.0.1:{port}', 'semmae-pretrain . cifar10': 'semmae-pretrain . smoke'}
+               '--nnodes=2 --nproc-per-node=8': '--nnodes=1 --nproc-per-node=2', 'HOST:29400': f'127.0.0.1:{port}', 'train . cifar10': 'train . smoke'}
     small = command
     for old, new in smaller.items(): small = small.replace(old, new)
     assert small != command

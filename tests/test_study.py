@@ -7,11 +7,11 @@ import yaml
 from PIL import Image
 
 from semmae.core import SemmaeError, generator
-from semmae.study import ahead, by_seed, key_of, read_rows, read_study, rows_of, run_study, score_of
+from semmae.pipeline.study import ahead, by_seed, key_of, read_rows, read_study, rows_of, run_study, score_of
 
-PROFILE = dict(seed=0, data=dict(source='photos', size=[16, 16]), teacher=None, parts=dict(source='grid', n_parts=4, grid=[2, 2]),
+PROFILE = dict(seed=0, processes=1, data=dict(source='photos', size=[16, 16]), teacher=None, parts=dict(source='grid', n_parts=4, grid=[2, 2]),
                encoder=dict(patch_size=4, embed_dim=16, depth=1, num_heads=2), decoder=dict(width=16, depth=1, heads=2),
-               pretrain=dict(masking=dict(name='random', ratio=.5), epochs=1, batch=8, warmup_epochs=0), finetune=dict(labels=1., epochs=1, batch=8, warmup_epochs=1))
+               pretrain=dict(masking=dict(name='random', ratio=.5), epochs=1, batch=8, warmup_epochs=0), finetune=dict(labels=1., epochs=1, batch=8, warmup_epochs=1), probe=dict(labels=[]), segment=dict(labels=1.))
 ABLATIONS = dict(random={}, inter=dict(pretrain=dict(masking=dict(name='inter'))), patch=dict(encoder=dict(patch_size=5)), width=dict(encoder=dict(embed_dim=24)))
 
 

@@ -123,18 +123,16 @@ def test_weights_that_broke_in_the_last_step_of_an_epoch_are_not_kept(tmp_path):
     assert all(v.isfinite().all() for v in torch.load(tmp_path/'state.pt')['mae'].values())
 
 
-@pytest.mark.parametrize('wrong', [
-    dict(batch='10'), dict(batch=None), dict(batch=True), dict(batch=2.5), dict(epochs=0), dict(accumulate=0), dict(accumulate='2'), dict(accumulate=3), dict(lr='1e-3'), dict(lr=None),
-    dict(lr=-1), dict(warmup_epochs='1'), dict(warmup_epochs=2), dict(weight_decay='x'), dict(clip='a'), dict(clip=-1), dict(ema='x'), dict(ema=2), dict(optimizer='nope'),
-    dict(optimizer=dict(opt='adamw', foo=1)), dict(compile='foo'), dict(compile=True), dict(compile='reduce-overhead', accumulate=2), dict(crop_scale=.5), dict(crop_scale=None), dict(crop_scale=(.2, '1')), dict(masks=3)], ids=str)
-def test_a_wrong_parameter_is_one_sentence_that_names_it(wrong):
+@pytest.mark.parametrize('wrong', [dict(batch=9), dict(accumulate=3), dict(optimizer='nope'), dict(optimizer=dict(opt='adamw', foo=1)),
+                                   dict(compile='foo'), dict(compile='reduce-overhead', accumulate=2)], ids=str)
+def test_what_does_not_go_with_these_images_or_this_machine_is_named(wrong):
     mae = MAE(make_encoder(image=(16, 16), patch_size=8, embed_dim=32, depth=1, num_heads=2), width=32, depth=1, heads=2)
-    name = 'no parameter .masks' if 'masks' in wrong else rf'`pretrain.{next(iter(wrong))}`'
-    with pytest.raises(SemmaeError, match=name): pretrain(mae, torch.zeros(8, 3, 16, 16, dtype=torch.uint8), **dict(epochs=1, batch=2, warmup_epochs=0) | wrong)
+    with pytest.raises(SemmaeError, match=f'pretrain.{next(iter(wrong))}'):
+        pretrain(mae, torch.zeros(8, 3, 16, 16, dtype=torch.uint8), **dict(epochs=1, batch=2, warmup_epochs=0) | wrong)
 
 
 def test_a_batch_smaller_than_the_processes_is_named(monkeypatch):
-    monkeypatch.setattr('semmae.pretrain.world', lambda: (0, 4))
+    monkeypatch.setattr('semmae.train.world', lambda: (0, 4))
     mae = MAE(make_encoder(image=(16, 16), patch_size=8, embed_dim=32, depth=1, num_heads=2), width=32, depth=1, heads=2)
-    with pytest.raises(SemmaeError, match='a batch of 3 cannot be cut into 4 processes × 1 turns: raise `pretrain.batch`'):
+    with pytest.raises(SemmaeError, match='pretrain.batch'):
         pretrain(mae, torch.zeros(8, 3, 16, 16, dtype=torch.uint8), epochs=1, batch=3, warmup_epochs=0)

@@ -1,0 +1,180 @@
+"Random edits of params.yaml: each is refused in one sentence that names a key, or everything runs. `python tests/test_settings.py 10000 300` makes more of them."
+import copy
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from semmae.core import SemmaeError, generator, read_json
+from semmae.pipeline.params import read_params, read_yaml
+from semmae.pipeline.parts import parts_stage
+from semmae.pipeline.settings import check_params
+from semmae.pipeline.study import configure, read_study, rows_of
+from semmae.pipeline.teacher import teacher_stage
+from semmae.pipeline.train import train_stage
+from semmae.pipeline.tune import finetune_stage, segment_stage
+
+ROOT = Path(__file__).parent.parent
+PROFILES = list(read_yaml(ROOT/'params.yaml')['profiles'])
+MICRO = dict(
+    seed=0, processes=1, data=dict(source='photos', size=[16, 16], channels=3, limit=None, stream=False),
+    teacher=dict(encoder=dict(patch_size=4, embed_dim=16, depth=2, num_heads=2, image=[8, 8]), epochs=1, batch=8, warmup_epochs=0, n_words=8,
+                 lr=.001, n_small=1, judge_every=1, clip=3., large=[.4, 1.]),
+    parts=dict(source='two_level', n_parts=3, share=.4, block=1, foreground_block=None),
+    encoder=dict(name='vit_tiny_patch16_224', patch_size=4, embed_dim=16, depth=1, num_heads=2), decoder=dict(kind='self', width=16, depth=1, heads=2),
+    pretrain=dict(masking=dict(name='blend', ratio=.5, gamma=2), epochs=1, batch=8, lr=.001, warmup_epochs=0, weight_decay=.05, crop_scale=[.5, 1.],
+                  clip=None, ema=None, accumulate=1, optimizer='adamw'),
+    probe=dict(labels=[.5]), finetune=dict(labels=1., epochs=1, batch=8, lr=.001, warmup_epochs=0, mixup=.8, drop_path=.1), segment=dict(labels=1., epochs=1, warmup_epochs=0))
+WORDS = ['', 'x', 'data', '0.5', 'é', None, True, False]
+NUMBERS = [0, -1, 1, 2, 3, 5, 7, 64, .3, 1.5, -.1, 1., float('inf'), float('nan')]
+HUGE = [10**3, 10**6, 10**12, 10**400, 1e-300, 1e300, 2**63, -2**40]
+BLOCKS = [[], [1], [.5, 2], [[1]], ['a', None], {}, {'a': 1}, {'name': 'x'}, {'epochs': 3}]
+
+
+def places(block, path=()):
+    "Every key in nested blocks and lists"
+    for key in (block if isinstance(block, dict) else range(len(block))):
+        yield (*path, key)
+        if isinstance(block[key], (dict, list)):
+            yield from places(block[key], (*path, key))
+
+
+def edited(params, rng, values, among=None):
+    "A copy with one key changed, renamed, removed or added, and where"
+    params = copy.deepcopy(params)
+    *path, key = rng.choice([p for p in places(params) if among is None or p[:len(among)] == among and len(p) > len(among)])
+    block = params
+    for k in path:
+        block = block[k]
+    how = rng.choice(['change']*6 + ['remove', 'rename', 'add'])
+    if how == 'change' or isinstance(block, list):
+        block[key] = rng.choice(values)
+    elif how == 'add':
+        block['extra'] = rng.choice(values)
+    else:
+        value = block.pop(key)
+        if how == 'rename':
+            block[key[:-1]] = value
+    return params, (how, *path, key)
+
+
+def refused(act):
+    "Whether a sentence refuses it; anything else that is raised is a failure"
+    try:
+        act()
+    except SemmaeError as e:
+        assert '\n' not in str(e)
+        return True
+    return False
+
+
+def read_everything(path, profile, studies):
+    check_params(path, profile)
+    for name in studies:
+        study = read_study(path.parent, name)
+        for row in rows_of(study):
+            configure(study, row)
+
+
+def fuzz_checks(folder, n, seed=0):
+    "How many of `n` edits of the project's params.yaml are refused"
+    rng, params = random.Random(seed), read_yaml(ROOT/'params.yaml')
+    (folder/'nbs/studies/cifar10_parts').mkdir(parents=True)
+    count = 0
+    for _ in range(n):
+        profile = rng.choice(PROFILES)
+        new, what = edited(params, rng, WORDS + NUMBERS + HUGE + BLOCKS, rng.choice([None, ('profiles', profile)]))
+        (folder/'params.yaml').write_text(json.dumps(new))
+        try:
+            count += refused(lambda: read_everything(folder/'params.yaml', profile, params['studies'] if 'studies' in what else ()))
+        except Exception as e:
+            raise AssertionError(f'{profile}: {what}') from e
+    return count
+
+
+def run_everything(root):
+    teacher_stage(root)
+    parts_stage(root)
+    train_stage(root)
+    finetune_stage(root)
+    segment_stage(root)
+
+
+def fuzz_runs(folder, n, seed=0):
+    "How many of `n` edits of a small profile are refused, some of them only by a stage"
+    rng = random.Random(seed)
+    for c in ('blue', 'red'):
+        (folder/'photos'/c).mkdir(parents=True)
+        for i, few in enumerate(torch.randint(100, (20, 4, 4, 3), generator=generator(c), dtype=torch.uint8)):
+            few[..., 0 if c == 'red' else 2] += 150
+            Image.fromarray(few.numpy()).resize((16, 16)).save(folder/'photos'/c/f'{i}.png')
+    params, count = dict(profile='p', profiles=dict(p=MICRO), ablations=dict(semmae={})), 0
+    for _ in range(n):
+        new, what = edited(params, rng, WORDS + NUMBERS + BLOCKS, ('profiles', 'p'))
+        (folder/'params.yaml').write_text(json.dumps(new))
+        try:
+            count += refused(lambda: run_everything(folder))
+        except Exception as e:
+            raise AssertionError(what) from e
+    return count
+
+
+def test_of_random_edits_none_ends_in_a_traceback(tmp_path):
+    assert 150 < fuzz_checks(tmp_path, 300) < 300
+
+
+@pytest.fixture
+def quiet(monkeypatch):
+    monkeypatch.setattr('builtins.print', lambda *args, **kw: None)
+
+
+def test_what_is_not_refused_runs(tmp_path, quiet):
+    assert 5 < fuzz_runs(tmp_path, 25) < 25
+
+
+@pytest.mark.parametrize('profile', PROFILES)
+def test_every_profile_and_every_entry_is_right(profile):
+    for entry in read_yaml(ROOT/'params.yaml')['ablations']:
+        refused_here = refused(lambda: read_params(ROOT/'params.yaml', profile, entry))
+        small = profile in ('smoke', 'demo_teacher') or entry in ('patch_2', 'outside')
+        assert not refused_here or small, entry
+
+
+def test_every_study_is_right():
+    for name in read_yaml(ROOT/'params.yaml')['studies']:
+        study = read_study(ROOT, name)
+        for row in rows_of(study):
+            configure(study, row)
+
+
+def test_all_wrong_keys_are_named_at_once(tmp_path):
+    params = read_yaml(ROOT/'params.yaml')
+    params['profiles']['tiny']['decoder'] |= dict(width=None, depht=2)
+    params['profiles']['tiny']['pretrain']['masking'] = dict(name='blend', ratio=2, gama=1)
+    (tmp_path/'params.yaml').write_text(yaml.safe_dump(params))
+    with pytest.raises(SemmaeError) as e:
+        read_params(tmp_path/'params.yaml', 'tiny')
+    for key in ('decoder.width is null', 'decoder.depht is not known: write depth', 'pretrain.masking.ratio is 2', 'masking.gama is not known: write gamma'):
+        assert f'profiles.tiny.{key}' in str(e.value) or key in str(e.value)
+
+
+def test_what_fits_only_together_is_named_as_well(tmp_path):
+    params = read_yaml(ROOT/'params.yaml')
+    params['profiles']['tiny'] |= dict(processes=7)
+    params['profiles']['tiny']['decoder']['heads'] = 5
+    params['profiles']['tiny']['segment']['warmup_epochs'] = 9
+    (tmp_path/'params.yaml').write_text(yaml.safe_dump(params))
+    with pytest.raises(SemmaeError, match='decoder.heads.*finetune.batch.*segment.warmup_epochs'):
+        read_params(tmp_path/'params.yaml', 'tiny')
+
+
+if __name__ == '__main__':
+    import tempfile
+    for fuzz, n in zip((fuzz_checks, fuzz_runs), map(int, sys.argv[1:])):
+        with tempfile.TemporaryDirectory() as folder:
+            print(f'{fuzz.__name__}: {fuzz(Path(folder), n)} of {n} refused, none ended in a traceback')
