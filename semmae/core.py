@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Count', 'Whole', 'Layers', 'Width', 'Label', 'Parts', 'Amount', 'Share', 'Unit', 'Inner', 'Side', 'Size', 'Scale',
-           'SemmaeError', 'check', 'rises', 'options_of', 'Generator', 'generator', 'draw', 'best_device',
-           'device_name', 'constant', 'die_with_parent', 'grid_size', 'patchify', 'unpatchify', 'blank', 'atomic',
-           'tidy', 'write_json', 'read_json', 'write_csv', 'read_csv', 'save_figure', 'file_hash']
+           'SemmaeError', 'check', 'rises', 'options_of', 'defaults_of', 'Generator', 'generator', 'draw',
+           'best_device', 'device_name', 'constant', 'die_with_parent', 'grid_size', 'patchify', 'unpatchify', 'blank',
+           'atomic', 'tidy', 'write_json', 'read_json', 'write_csv', 'read_csv', 'save_figure', 'file_hash']
 
 # %% ../nbs/00_core.ipynb #ddd6ad81
 import contextlib, csv, hashlib, inspect, json, os, threading, time
@@ -23,7 +23,8 @@ class SemmaeError(Exception):
 
 def check(ok, message):
     "Raise `message` as a `SemmaeError` unless `ok`"
-    if not ok: raise SemmaeError(message)
+    if not ok:
+        raise SemmaeError(message)
 
 # %% ../nbs/00_core.ipynb #5a2d546d
 Count = Annotated[int, Ge(1), Le(10**9)]     # of images, epochs, steps …
@@ -39,7 +40,8 @@ Inner = Annotated[float, Gt(0), Lt(1)]       # between 0 and 1, neither of them
 Side = Annotated[int, Ge(1), Le(10**4)]      # of an image, in pixels or cells
 Size = tuple[Side, Side]                     # (height, width)
 
-def rises(pair): return pair[0] <= pair[1]
+def rises(pair):
+    return pair[0] <= pair[1]
 
 Scale = Annotated[tuple[Share, Share], Predicate(rises)]  # from a share to a larger one
 
@@ -54,6 +56,10 @@ def options_of(*functions):
             elif p.annotation is not p.empty:
                 found[name] = p.annotation, p.default
     return found
+
+def defaults_of(function):
+    "The values that those parameters have where nobody sets them"
+    return {name: default for name, (_, default) in options_of(function).items()}
 
 # %% ../nbs/00_core.ipynb #3f7f5465
 class Generator(torch.Generator):
@@ -82,7 +88,8 @@ def best_device():
 def device_name(device):
     "A device in words, for reports"
     device = torch.device(device)
-    return torch.cuda.get_device_name(device) if device.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
+    return (torch.cuda.get_device_name(device) if device.type == 'cuda'
+            else f'CPU, {torch.get_num_threads()} threads')
 
 @lru_cache
 def constant(values, # a tuple, or a tuple of tuples
@@ -94,7 +101,8 @@ def constant(values, # a tuple, or a tuple of tuples
 def die_with_parent():
     "End this process as soon as the one that started it is gone"
     def watch(parent):
-        while os.getppid() == parent: time.sleep(.5)
+        while os.getppid() == parent:
+            time.sleep(.5)
         os._exit(1)
     threading.Thread(target=watch, args=[os.getppid()], daemon=True).start()
 
@@ -104,7 +112,8 @@ def grid_size(size,   # (height, width) of the images
     "Rows and columns of patches; the patch must divide the image"
     h, w = size
     check(patch > 0 and h % patch == 0 and w % patch == 0,
-          f"images of {h}×{w} cannot be cut into patches of {patch}: choose a size (`data.size`, or an encoder's `image`) that is a multiple of its `patch_size`")
+          f"images of {h}×{w} cannot be cut into patches of {patch}: choose a size (`data.size`, "
+          "or an encoder's `image`) that is a multiple of its `patch_size`")
     return h//patch, w//patch
 
 def patchify(imgs,   # (B,C,H,W)
@@ -137,19 +146,24 @@ def atomic(path):
     tmp = path.with_name(f'.{os.getpid()}-{path.name}')  # the suffix stays: savers look at it
     try:
         yield tmp
-        with open(tmp, 'rb+') as f: os.fsync(f.fileno())
+        with open(tmp, 'rb+') as f:
+            os.fsync(f.fileno())
         os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
+    finally:
+        tmp.unlink(missing_ok=True)
 
 def tidy(x):
     "What is to be kept as JSON, floats to six digits so that files compare well"
-    if isinstance(x, float): return float(f'{x:.6g}')
-    if isinstance(x, dict): return {k: tidy(v) for k, v in x.items()}
+    if isinstance(x, float):
+        return float(f'{x:.6g}')
+    if isinstance(x, dict):
+        return {k: tidy(v) for k, v in x.items()}
     return [tidy(v) for v in x] if isinstance(x, (list, tuple)) else x
 
 def write_json(path, data):
     "`data` as a JSON file, atomically"
-    with atomic(path) as tmp: tmp.write_text(json.dumps(tidy(data), indent=1, ensure_ascii=False) + '\n')
+    with atomic(path) as tmp:
+        tmp.write_text(json.dumps(tidy(data), indent=1, ensure_ascii=False) + '\n')
 
 def read_json(path):
     "What a JSON file holds"
@@ -164,12 +178,15 @@ def write_csv(path, rows):
 
 def read_csv(path):
     "A CSV file of numbers as a list of dicts"
-    with open(path, newline='') as f: return [{k: float(v) for k, v in r.items()} for r in csv.DictReader(f)]
+    with open(path, newline='') as f:
+        return [{k: float(v) for k, v in r.items()} for r in csv.DictReader(f)]
 
 def save_figure(path, fig):
     "A matplotlib figure as PNG, atomically"
-    with atomic(path) as tmp: fig.savefig(tmp, bbox_inches='tight')
+    with atomic(path) as tmp:
+        fig.savefig(tmp, bbox_inches='tight')
 
 def file_hash(path):
     "The first 12 hex digits of a file's SHA-256: which checkpoint a number came from"
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()[:12]
+    with open(path, 'rb') as f:
+        return hashlib.file_digest(f, 'sha256').hexdigest()[:12]

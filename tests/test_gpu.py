@@ -1,4 +1,4 @@
-"What the benchmark for GPUs says on a CPU: flops as PyTorch counts them, arithmetic, rows with all their fields, and a contender that fails."
+"The benchmark for GPUs on a CPU: flops as PyTorch counts them, rows with all fields, a failing contender."
 import sys
 
 import pytest
@@ -7,15 +7,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from semmae.core import generator, read_json
-from semmae.bench.gpu import FULL, MODELS, TINY, TOY, Fixed, benchmark, facebook_trainer, on_paper, shape, step_flops, take_turns, trainer
+from semmae.bench.gpu import (FULL, MODELS, TINY, TOY, Fixed, benchmark, facebook_trainer, on_paper, shape,
+                              step_flops, take_turns, trainer)
 from semmae.masking import random
 from semmae.bench.speed import make_ours
 
 CPU = torch.device('cpu')
 
 
-@pytest.mark.parametrize('options', [dict(), dict(kind='cross'), dict(kind='cross', share=.25), dict(kind='cross', share=.01)], ids=str)
-@pytest.mark.parametrize('model', [TINY, shape(48, 1, 3, 4, 24, (32, 3, 2))], ids=['patches of 8', 'patches of 4'])
+@pytest.mark.parametrize('options', [dict(), dict(kind='cross'), dict(kind='cross', share=.25),
+                                     dict(kind='cross', share=.01)], ids=str)
+@pytest.mark.parametrize('model', [TINY, shape(48, 1, 3, 4, 24, (32, 3, 2))],
+                         ids=['patches of 8', 'patches of 4'])
 @pytest.mark.parametrize('ratio', [.75, .5])
 def test_flops_are_those_that_pytorch_counts(model, options, ratio):
     mae, n = make_ours(model, **options), model['image']//model['patch']
@@ -33,8 +36,10 @@ def test_a_long_run_on_paper():
     one, eight, many = (on_paper(5000, 1e8, gpus) for gpus in (1, 8, 64))
     assert one['hours'] == pytest.approx(800*(1281167//4096)*4096/5000/3600) == one['gpu_hours']
     assert eight['step'] == pytest.approx(4096/8/5000 + 2*7/8*4e8/450e9)
-    assert many['step'] == pytest.approx(4096/64/5000 + 2*63/64*4e8/50e9) and many['gpu_hours'] == pytest.approx(64*many['hours'])
-    assert on_paper(5000, 1e8, 8, loader=9000) == eight and on_paper(5000, 1e8, 1, loader=2500)['hours'] == pytest.approx(2*one['hours'])
+    assert (many['step'] == pytest.approx(4096/64/5000 + 2*63/64*4e8/50e9)
+            and many['gpu_hours'] == pytest.approx(64*many['hours']))
+    assert (on_paper(5000, 1e8, 8, loader=9000) == eight
+            and on_paper(5000, 1e8, 1, loader=2500)['hours'] == pytest.approx(2*one['hours']))
 
 
 def test_contenders_take_turns():
@@ -58,21 +63,28 @@ def test_the_toy_benchmark(tmp_path):
     "All but compiling; the same blocks as on a GPU, one after another into one file"
     assert list(TOY) == list(FULL) and [m for m, _ in TOY.values()] == [m for m, _ in FULL.values()]
     blocks = ['ViT-S/16', 'profile', 'data', 'small', 'parts', 'teacher']
-    for some in (blocks[:2], blocks[2:]): benchmark(tmp_path/'gpu.json', 'toy', some, log=lambda line: None)
+    for some in (blocks[:2], blocks[2:]):
+        benchmark(tmp_path/'gpu.json', 'toy', some, log=lambda line: None)
     found = read_json(tmp_path/'gpu.json')
     assert list(found) == blocks
     for block in found.values():
         assert block['size'] == 'toy' and block['device'].startswith('CPU') and block['rate'] > 0
         assert block['rows'] and not [r for r in block['rows'] if 'error' in r]
     rounds = found['ViT-S/16']['rows'] + found['data']['rows']
-    assert all(len(r['seconds']) == len(r['cores']) == 3 and r['batch'] == 4 and r['waits'] is None for r in rounds)
+    assert all(len(r['seconds']) == len(r['cores']) == 3 and r['batch'] == 4 and r['waits'] is None
+               for r in rounds)
     assert [r['contender'] for r in found['small']['rows']] == ['semmae, None']
     assert all(r['first'] > 0 and r['epoch'] > 0 for r in found['small']['rows'] + found['teacher']['rows'])
 
 
 CHECKOUT = {
-    'models_mae.py': 'import torch\nclass MaskedAutoencoderViT(torch.nn.Linear):\n    def __init__(self, img_size, patch_size, embed_dim, norm_pix_loss, **kw): super().__init__(1, 1)',
-    'engine_pretrain.py': 'SEEN = []\ndef train_one_epoch(model, loader, opt, device, epoch, scaler, args): SEEN.append([len(loader), epoch, args.mask_ratio, loader[0][0].shape])',
+    'models_mae.py': (
+        'import torch\nclass MaskedAutoencoderViT(torch.nn.Linear):\n'
+        '    def __init__(self, img_size, patch_size, embed_dim, norm_pix_loss, **kw): '
+        'super().__init__(1, 1)'),
+    'engine_pretrain.py': (
+        'SEEN = []\ndef train_one_epoch(model, loader, opt, device, epoch, scaler, args): '
+        'SEEN.append([len(loader), epoch, args.mask_ratio, loader[0][0].shape])'),
     'util/misc.py': 'class NativeScalerWithGradNormCount: pass'}
 
 
@@ -84,4 +96,5 @@ def test_the_loop_of_a_checkout_is_called_as_it_expects(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, 'path', list(sys.path))
     facebook_trainer(TINY, torch.zeros(2, 3, 32, 32), str(tmp_path))(5)
     assert sys.modules['engine_pretrain'].SEEN == [[5, 0, .75, (2, 3, 32, 32)]]
-    for name in ('models_mae', 'engine_pretrain', 'util', 'util.misc'): del sys.modules[name]
+    for name in ('models_mae', 'engine_pretrain', 'util', 'util.misc'):
+        del sys.modules[name]

@@ -1,4 +1,4 @@
-"Counts and information against brute force and scikit-learn, learning on planted parts, files against mistakes."
+"Counts and information against brute force and scikit-learn, planted parts, files against mistakes."
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -8,29 +8,35 @@ from torch import nn
 from torch.nn import functional as F
 
 from semmae.core import SemmaeError, generator
-from semmae.learn import Learned, information, labelled, learn_parts, load_learned, look_closely, neighbours, new_nets, paste, told
+from semmae.images import ImageSet
+from semmae.learn import (Learned, information, labelled, learn_parts, load_learned, look_closely, neighbours,
+                          new_nets, paste, told)
 from semmae.paper import PaperParts, PartTokens, StyleDecoder, alike, heard, learn_paper_parts
 from semmae.parts import make_parts, score_parts
-from semmae.data import ImageSet, load_images
+from semmae.sources import load_images
 from semmae.vit import Seen, make_encoder
 
 
-def front_of(seed, n=3, h=5, w=6): return torch.rand(n, h, w, generator=generator('front', seed)) < .6
+def front_of(seed, n=3, h=5, w=6):
+    return torch.rand(n, h, w, generator=generator('front', seed)) < .6
 
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 10**6), st.integers(2, 6))
 def test_information_is_sklearns(seed, n):
     met = torch.randint(1, 50, (n, n), generator=generator(seed)).double()
-    assert information(met).item() == pytest.approx(mutual_info_score(None, None, contingency=(met + met.mT).long().numpy()), abs=1e-4)
-    assert information(7*met).item() == pytest.approx(information(met).item(), abs=1e-6), 'how many were counted does not matter'
+    assert information(met).item() == pytest.approx(
+        mutual_info_score(None, None, contingency=(met + met.mT).long().numpy()), abs=1e-4)
+    assert information(7*met).item() == pytest.approx(information(met).item(), abs=1e-6), (
+        'how many were counted does not matter')
 
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 10**6), st.integers(-3, 3), st.integers(-3, 3))
 def test_neighbours_are_those_of_the_foreground(seed, dy, dx):
     front = front_of(seed)
-    brute = {(b, y*6 + x, (y + dy)*6 + x + dx) for b in range(3) for y in range(5) for x in range(6) if 0 <= y + dy < 5 and 0 <= x + dx < 6 and front[b, y, x] and front[b, y + dy, x + dx]}
+    brute = {(b, y*6 + x, (y + dy)*6 + x + dx) for b in range(3) for y in range(5) for x in range(6)
+             if 0 <= y + dy < 5 and 0 <= x + dx < 6 and front[b, y, x] and front[b, y + dy, x + dx]}
     assert set(zip(*(v.tolist() for v in neighbours(front, dy, dx)))) == brute
 
 
@@ -44,14 +50,16 @@ def test_what_is_told_is_told_over_all_images_and_within_each(across):
         met[:, b] += p[:, :, None]*q[:, None]
     for k in range(2):
         each = sum(information(met[k, b]) for b in range(3))/3
-        assert told(nets, one, other, front, (1, -1), across)[k] == pytest.approx((across*information(met[k].sum(0)) + (1 - across)*each).item(), abs=1e-5)
+        assert told(nets, one, other, front, (1, -1), across)[k] == pytest.approx(
+            (across*information(met[k].sum(0)) + (1 - across)*each).item(), abs=1e-5)
 
 
 def test_an_image_without_a_pair_does_not_count():
     front = front_of(3)
     nets, x = new_nets(2, 4, 3, generator(2)), torch.randn(3, 30, 4, generator=generator(1))
     lone = torch.cat([front, torch.zeros(1, 5, 6, dtype=torch.bool)])
-    assert torch.allclose(told(nets, x, x, front, (0, 1), .5), told(nets, torch.cat([x, x[:1]]), torch.cat([x, x[:1]]), lone, (0, 1), .5))
+    assert torch.allclose(told(nets, x, x, front, (0, 1), .5),
+                          told(nets, torch.cat([x, x[:1]]), torch.cat([x, x[:1]]), lone, (0, 1), .5))
 
 
 def test_a_step_without_a_pair_teaches_nothing_and_does_no_harm():
@@ -64,9 +72,12 @@ def test_a_step_without_a_pair_teaches_nothing_and_does_no_harm():
 
 
 def test_of_many_pairs_every_so_manieth_is_looked_at():
-    front, nets, x = torch.ones(3, 5, 6, dtype=torch.bool), new_nets(2, 4, 3, generator(2)), torch.randn(3, 30, 4, generator=generator(1))
+    front, nets, x = (torch.ones(3, 5, 6, dtype=torch.bool), new_nets(2, 4, 3, generator(2)),
+                      torch.randn(3, 30, 4, generator=generator(1)))
     b, i, j = (v[::4] for v in neighbours(front, 0, 1))  # of 75, at most 24
-    met = torch.zeros(2, 3, 9).index_add(1, b, (labelled(nets, x[b, i])[..., None]*labelled(nets, x[b, j])[..., None, :]).flatten(2)).unflatten(2, (3, 3))
+    met = torch.zeros(2, 3, 9).index_add(
+        1, b, (labelled(nets, x[b, i])[..., None]*labelled(nets, x[b, j])[..., None, :]).flatten(2)
+    ).unflatten(2, (3, 3))
     assert torch.allclose(told(nets, x, x, front, (0, 1), 1, most=24), information(met.sum(1)), atol=1e-5)
 
 
@@ -78,11 +89,13 @@ def test_pasting_keeps_the_foreground_and_no_background():
     out = paste(images, front, generator(0))
     assert (out[:, :, 14:22, 10:22] == 255).all()
     corner = out[:, 0, 0, 0]
-    assert sorted(corner.tolist()) == sorted(images[:, 0, 0, 0].tolist()) and (corner != images[:, 0, 0, 0]).all()
+    assert (sorted(corner.tolist()) == sorted(images[:, 0, 0, 0].tolist())
+            and (corner != images[:, 0, 0, 0]).all())
 
 
 def test_what_stood_on_a_background_is_painted_over_with_its_colours():
-    images, front = torch.tensor([40, 160], dtype=torch.uint8)[:, None, None, None].repeat(1, 3, 32, 32), torch.zeros(2, 8, 8, dtype=torch.bool)
+    images, front = (torch.tensor([40, 160], dtype=torch.uint8)[:, None, None, None].repeat(1, 3, 32, 32),
+                     torch.zeros(2, 8, 8, dtype=torch.bool))
     front[0, 1:7, :3] = front[1, 1:7, 5:] = True
     up = front[:, None].repeat_interleave(4, 2).repeat_interleave(4, 3).expand_as(images)
     images[up] = 255
@@ -91,19 +104,21 @@ def test_what_stood_on_a_background_is_painted_over_with_its_colours():
 
 
 class Planted(nn.Module):
-    "In place of an encoder: a thing of three parts, one above the other, somewhere in the image. Image k is full of the colour k, its last column of 200 + k"
+    "In place of an encoder: a thing of three parts in the image; image k is full of the colour k"
     def __init__(self):
         super().__init__()
         self.blocks = nn.ModuleList(nn.Identity() for _ in range(4))
         self.truth = torch.zeros(40, 8, 8, dtype=torch.long)
         for k in range(40):
             y, x = torch.randint(1, 3, (2,), generator=generator('place', k)).tolist()
-            for part in range(3): self.truth[k, y + part*5//3:y + (part + 1)*5//3, x:x + 4] = part + 1
+            for part in range(3):
+                self.truth[k, y + part*5//3:y + (part + 1)*5//3, x:x + 4] = part + 1
 
     def look(self, images, blocks):
         mirrored = images[:, 0, 0, 0] >= 200
         ids = torch.where(mirrored, images[:, 0, 0, 0] - 200, images[:, 0, 0, 0]).long()
-        tokens = torch.eye(12)[self.truth[ids]]*2 + torch.randn(40, 8, 8, 12, generator=generator('noise'))[ids]*.3
+        tokens = (torch.eye(12)[self.truth[ids]]*2
+                  + torch.randn(40, 8, 8, 12, generator=generator('noise'))[ids]*.3)
         tokens = torch.where(mirrored[:, None, None, None], tokens.flip(2), tokens)
         return [Seen(None, tokens, None) for _ in blocks]
 
@@ -138,8 +153,11 @@ def test_two_parts_are_foreground_and_background(planted):
 
 def test_a_collapse_is_said(planted, monkeypatch):
     encoder, images = planted
-    monkeypatch.setattr('semmae.learn.consensus', lambda nets, x, n_labels, seed: torch.full((n_labels, nets['b2'].shape[0]*nets['b2'].shape[2]), 1e3).index_fill(0, torch.tensor([1]), 0))
-    with pytest.raises(SemmaeError, match='the parts have collapsed: one label holds 0.0 % of the foreground and one 100.0 %'): learn_parts(images[:30], encoder, n_parts=4, pastes=0, steps=5, share=.3)
+    monkeypatch.setattr('semmae.learn.consensus', lambda nets, x, n_labels, seed: torch.full(
+        (n_labels, nets['b2'].shape[0]*nets['b2'].shape[2]), 1e3).index_fill(0, torch.tensor([1]), 0))
+    with pytest.raises(SemmaeError, match='the parts have collapsed: one label holds 0.0 % of the foreground '
+                                          'and one 100.0 %'):
+        learn_parts(images[:30], encoder, n_parts=4, pastes=0, steps=5, share=.3)
 
 
 def test_of_many_images_some_are_looked_at(planted, monkeypatch):
@@ -147,23 +165,28 @@ def test_of_many_images_some_are_looked_at(planted, monkeypatch):
     looked = []
     monkeypatch.setattr('semmae.learn.look_closely', lambda images, *rest: looked.append(images) or (None,)*4)
     monkeypatch.setattr('semmae.learn.name_parts', lambda *args: None)
-    monkeypatch.setattr('semmae.data.FIT', 7)
+    monkeypatch.setattr('semmae.images.FIT', 7)
     learn_parts(images, encoder, n_parts=4)
     assert looked[0].shape == (7, 3, 16, 16) and len(set(looked[0][:, 0, 0, 0].tolist())) == 7
 
 
 def test_a_stream_teaches_what_its_images_do(tmp_path):
     "Through an encoder, to the bit"
-    for k in range(12): Image.fromarray(torch.randint(256, (16, 16, 3), generator=generator(k), dtype=torch.uint8).numpy()).save(tmp_path/f'{k}.png')
+    for k in range(12):
+        Image.fromarray(torch.randint(256, (16, 16, 3), generator=generator(k),
+                                      dtype=torch.uint8).numpy()).save(tmp_path/f'{k}.png')
     encoder = make_encoder(image=(16, 16), patch_size=4, embed_dim=32, depth=3, num_heads=2)
-    images, stream = (load_images(tmp_path, ['train'], size=(16, 16), stream=s)[0].images for s in (False, True))
+    images, stream = (load_images(tmp_path, ['train'], size=(16, 16), stream=s)[0].images
+                      for s in (False, True))
     one, other = (learn_parts(x, encoder, n_parts=3, steps=5) for x in (images, stream))
-    assert all(torch.equal(one.state[k], other.state[k]) for k in one.state) and torch.equal(one.predict(images), other.predict(images))
+    assert (all(torch.equal(one.state[k], other.state[k]) for k in one.state)
+            and torch.equal(one.predict(images), other.predict(images)))
 
 
 def test_the_same_seed_learns_the_same(planted):
     encoder, images = planted
-    one, again, other = (learn_parts(images, encoder, n_parts=4, pastes=0, steps=10, share=.3, seed=s).state for s in (0, 0, 1))
+    one, again, other = (learn_parts(images, encoder, n_parts=4, pastes=0, steps=10, share=.3, seed=s).state
+                         for s in (0, 0, 1))
     assert all(torch.equal(one[k], again[k]) for k in one) and not torch.equal(one['w1'], other['w1'])
 
 
@@ -174,41 +197,53 @@ def test_learned_parts_come_back_from_their_file_and_from_no_other(planted, tmp_
     back = load_learned(tmp_path/'parts.safetensors', encoder)
     assert back.blocks == [2, 3, 4] and torch.equal(back.predict(images), parts.predict(images))
     (tmp_path/'broken.safetensors').write_bytes((tmp_path/'parts.safetensors').read_bytes()[:-9])
-    with pytest.raises(SemmaeError, match='not a whole safetensors file'): load_learned(tmp_path/'broken.safetensors', encoder)
-    with pytest.raises(SemmaeError, match='there is no'): load_learned(tmp_path/'none.safetensors', encoder)
-    with pytest.raises(SemmaeError, match='were learned on another encoder'): load_learned(tmp_path/'parts.safetensors', nn.Linear(2, 2))
+    with pytest.raises(SemmaeError, match='not a whole safetensors file'):
+        load_learned(tmp_path/'broken.safetensors', encoder)
+    with pytest.raises(SemmaeError, match='there is no'):
+        load_learned(tmp_path/'none.safetensors', encoder)
+    with pytest.raises(SemmaeError, match='were learned on another encoder'):
+        load_learned(tmp_path/'parts.safetensors', nn.Linear(2, 2))
 
 
 def test_a_profile_may_ask_for_them(planted):
     encoder, images = planted
-    maps = make_parts(dict(train=ImageSet(images), test=ImageSet(images[:8])), 'learned', encoder, n_parts=4, pastes=0, steps=10, share=.3, block=2)
+    maps = make_parts(dict(train=ImageSet(images), test=ImageSet(images[:8])), 'learned', encoder,
+                      n_parts=4, pastes=0, steps=10, share=.3, block=2)
     assert torch.cat(list(maps['test'])).shape == (8, 8, 8)
-    with pytest.raises(SemmaeError, match='`parts.n_parts` is 65: choose a number from 2 to the 64 cells'): make_parts(dict(train=ImageSet(images)), 'learned', encoder, n_parts=65)
+    with pytest.raises(SemmaeError, match='`parts.n_parts` is 65: choose a number from 2 to the 64 cells'):
+        make_parts(dict(train=ImageSet(images)), 'learned', encoder, n_parts=65)
 
 
 # the paper's way
 
 def test_a_map_is_where_its_token_is_like_the_cell():
     maps = PartTokens(6, 3)
-    whole, patches = torch.randn(2, 6, generator=generator(0)), torch.randn(2, 4, 5, 6, generator=generator(1))
+    whole, patches = (torch.randn(2, 6, generator=generator(0)),
+                      torch.randn(2, 4, 5, 6, generator=generator(1)))
     tokens = maps.embed(whole)
     for b, n in ((0, 0), (1, 2)):
-        look = torch.stack([10*torch.cosine_similarity(tokens[b, n], patches[b, y, x], dim=0) for y in range(4) for x in range(5)]).softmax(0).view(4, 5)
+        look = torch.stack([10*torch.cosine_similarity(tokens[b, n], patches[b, y, x], dim=0)
+                            for y in range(4) for x in range(5)]).softmax(0).view(4, 5)
         for y, x in ((2, 3), (1, 1)):  # away from the border: the mean of nine cells
-            assert torch.allclose(maps(whole, patches)[b, n, y, x], 20*look[y-1:y+2, x-1:x+2].mean(), atol=1e-5)
+            assert torch.allclose(maps(whole, patches)[b, n, y, x],
+                                  20*look[y-1:y+2, x-1:x+2].mean(), atol=1e-5)
 
 
 def test_the_decoder_knows_places_from_maps_alone_and_colours_from_the_style():
-    decoder, maps, style = StyleDecoder(3, 6, 3, 2), torch.rand(2, 3, 8, 8, generator=generator(0)), torch.randn(2, 6, generator=generator(1))
+    decoder, maps, style = (StyleDecoder(3, 6, 3, 2), torch.rand(2, 3, 8, 8, generator=generator(0)),
+                            torch.randn(2, 6, generator=generator(1)))
     out = decoder(maps, style)
     assert out.shape == (2, 3, 32, 32)
-    assert not torch.allclose(out, decoder(maps, style.flip(0)), atol=1e-3) and not torch.allclose(out, decoder(maps.flip(0), style), atol=1e-3)
-    assert torch.allclose(decoder(5*maps, style), out, atol=.15*out.std().item()), 'AdaIN: how strong a map is does not matter, where it is strong does'
+    assert (not torch.allclose(out, decoder(maps, style.flip(0)), atol=1e-3)
+            and not torch.allclose(out, decoder(maps.flip(0), style), atol=1e-3))
+    assert torch.allclose(decoder(5*maps, style), out, atol=.15*out.std().item()), (
+        'AdaIN: how strong a map is does not matter, where it is strong does')
 
 
 def test_maps_are_alike_as_cosines_say():
     maps = torch.rand(2, 3, 4, 4, generator=generator(0))
-    pairs = [torch.cosine_similarity(m[i].flatten(), m[j].flatten(), dim=0) for m in maps for i in range(3) for j in range(3) if i != j]
+    pairs = [torch.cosine_similarity(m[i].flatten(), m[j].flatten(), dim=0)
+             for m in maps for i in range(3) for j in range(3) if i != j]
     assert alike(maps).item() == pytest.approx(torch.stack(pairs).mean().item(), abs=1e-6)
 
 
@@ -228,11 +263,13 @@ def test_the_papers_way_keeps_maps_apart_and_rebuilds_an_image_from_its_own(pain
     encoder, images = painted
     apart, own, others = [], [], []
     for steps in (1, 150):
-        parts = learn_paper_parts(images[:30], encoder, n_parts=3, steps=steps)  # one part is too small to outlive the blur
+        # one part is too small to outlive the blur
+        parts = learn_paper_parts(images[:30], encoder, n_parts=3, steps=steps)
         with torch.no_grad():
             whole, patches = heard(encoder, images[30:])
             maps = parts.maps(whole, patches)
-            true = F.interpolate(images[30:].float()/127.5 - 1, parts.decoder(maps, whole).shape[2:], mode='area')
+            true = F.interpolate(images[30:].float()/127.5 - 1, parts.decoder(maps, whole).shape[2:],
+                                 mode='area')
             apart.append(alike(maps).item())
             own.append(F.mse_loss(parts.decoder(maps, whole), true).item())
             others.append(F.mse_loss(parts.decoder(maps.roll(1, 0), whole), true).item())
@@ -242,11 +279,17 @@ def test_the_papers_way_keeps_maps_apart_and_rebuilds_an_image_from_its_own(pain
 def test_the_papers_way_by_value_and_its_collapse(painted, monkeypatch):
     encoder, images = painted
     options = dict(n_parts=3, steps=100)
-    one, again, other = (learn_paper_parts(images, encoder, **options, seed=s).maps.state_dict() for s in (0, 0, 1))
-    assert all(torch.equal(one[k], again[k]) for k in one) and not all(torch.equal(one[k], other[k]) for k in one)
-    assert torch.cat(list(make_parts(dict(train=ImageSet(images), test=ImageSet(images[:8])), 'paper', encoder, **options)['test'])).shape == (8, 8, 8)
+    one, again, other = (learn_paper_parts(images, encoder, **options, seed=s).maps.state_dict()
+                         for s in (0, 0, 1))
+    assert (all(torch.equal(one[k], again[k]) for k in one)
+            and not all(torch.equal(one[k], other[k]) for k in one))
+    assert torch.cat(list(make_parts(dict(train=ImageSet(images), test=ImageSet(images[:8])),
+                                     'paper', encoder, **options)['test'])).shape == (8, 8, 8)
     labels = learn_paper_parts(images, encoder, **options).predict(images)
     edge = torch.cat([labels[:, [0, -1]].flatten(), labels[:, 1:-1, [0, -1]].flatten()])
     assert edge.mode().values == 0, 'what holds most of the border comes first'
-    monkeypatch.setattr(PaperParts, 'predict', lambda self, images: torch.zeros(len(images), 8, 8, dtype=torch.long))
-    with pytest.raises(SemmaeError, match='the parts have collapsed: one label holds 0.0 % of all cells and one 100.0 %'): learn_paper_parts(images, encoder, **options)
+    monkeypatch.setattr(PaperParts, 'predict',
+                        lambda self, images: torch.zeros(len(images), 8, 8, dtype=torch.long))
+    with pytest.raises(SemmaeError, match='the parts have collapsed: one label holds 0.0 % of all cells '
+                                          'and one 100.0 %'):
+        learn_paper_parts(images, encoder, **options)

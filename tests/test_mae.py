@@ -13,13 +13,15 @@ SIZES = dict(image=(32, 32), patch_size=8, embed_dim=48, depth=2, num_heads=3)
 
 
 def copy_linear(ours, *theirs):
-    ours.weight.data, ours.bias.data = (torch.cat([getattr(m, k).data for m in theirs]) for k in ('weight', 'bias'))
+    ours.weight.data, ours.bias.data = (torch.cat([getattr(m, k).data for m in theirs])
+                                        for k in ('weight', 'bias'))
 
 
 def copy_block(ours, theirs):
     a = theirs.attention
     for o, t in zip((ours.attn.qkv, ours.attn.proj, ours.mlp.fc1, ours.mlp.fc2, ours.norm1, ours.norm2),
-                    ((a.q_proj, a.k_proj, a.v_proj), (a.o_proj,), (theirs.mlp.fc1,), (theirs.mlp.fc2,), (theirs.layernorm_before,), (theirs.layernorm_after,))):
+                    ((a.q_proj, a.k_proj, a.v_proj), (a.o_proj,), (theirs.mlp.fc1,), (theirs.mlp.fc2,),
+                     (theirs.layernorm_before,), (theirs.layernorm_after,))):
         copy_linear(o, *t)
 
 
@@ -27,20 +29,29 @@ def pair(norm_pixels, channels):
     "Our model and theirs with the same weights; positions are not copied: both make them"
     torch.manual_seed(1)
     theirs = ViTMAEForPreTraining(ViTMAEConfig(
-        image_size=32, patch_size=8, num_channels=channels, hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=192,
-        decoder_hidden_size=32, decoder_num_hidden_layers=2, decoder_num_attention_heads=2, decoder_intermediate_size=128,
+        image_size=32, patch_size=8, num_channels=channels,
+        hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=192,
+        decoder_hidden_size=32, decoder_num_hidden_layers=2,
+        decoder_num_attention_heads=2, decoder_intermediate_size=128,
         norm_pix_loss=norm_pixels, layer_norm_eps=1e-6)).eval()  # 1e-12 by default; MAE and timm have 1e-6
     for p in theirs.parameters():
-        if p.requires_grad: p.data = torch.randn_like(p)*.1
-    for pos in (theirs.vit.embeddings.position_embeddings, theirs.decoder.decoder_pos_embed):  # transformers 5.23 leaves a fresh model's at zero
-        pos.data[0] = build_2d_sinusoidal_position_embedding(4, 4, pos.shape[2], cls_token=True).roll(pos.shape[2]//2, 1)
-    ours = MAE(make_encoder(**SIZES, channels=channels), width=32, depth=2, heads=2, norm_pixels=norm_pixels).eval()
+        if p.requires_grad:
+            p.data = torch.randn_like(p)*.1
+    # transformers 5.23 leaves a fresh model's at zero
+    for pos in (theirs.vit.embeddings.position_embeddings, theirs.decoder.decoder_pos_embed):
+        pos.data[0] = build_2d_sinusoidal_position_embedding(
+            4, 4, pos.shape[2], cls_token=True).roll(pos.shape[2]//2, 1)
+    ours = MAE(make_encoder(**SIZES, channels=channels), width=32, depth=2, heads=2,
+               norm_pixels=norm_pixels).eval()
     e, t, d = ours.encoder, theirs.vit, theirs.decoder
     copy_linear(e.patch_embed.proj, t.embeddings.patch_embeddings.projection)
     e.cls_token.data = t.embeddings.cls_token.data
     o = ours.decoder
-    for a, b in zip([*e.blocks, *o.blocks], [*t.layers, *d.decoder_layers]): copy_block(a, b)
-    for a, b in ((e.norm, t.layernorm), (o.embed, d.decoder_embed), (o.norm, d.decoder_norm), (o.head, d.decoder_pred)): copy_linear(a, b)
+    for a, b in zip([*e.blocks, *o.blocks], [*t.layers, *d.decoder_layers]):
+        copy_block(a, b)
+    for a, b in ((e.norm, t.layernorm), (o.embed, d.decoder_embed), (o.norm, d.decoder_norm),
+                 (o.head, d.decoder_pred)):
+        copy_linear(a, b)
     o.mask_token.data = d.mask_token.data[0, 0]
     return ours, theirs
 
@@ -48,10 +59,16 @@ def pair(norm_pixels, channels):
 def shrink(ours, theirs, by=.01):
     "Tokens so small that the eps of a norm shows"
     with torch.no_grad():
-        for p in (ours.encoder.pos_embed, ours.decoder.pos, theirs.vit.embeddings.position_embeddings, theirs.decoder.decoder_pos_embed): p.mul_(by)
-        for m in (ours.encoder.patch_embed.proj, theirs.vit.embeddings.patch_embeddings.projection, ours.decoder.embed, theirs.decoder.decoder_embed):
-            m.weight.mul_(by); m.bias.mul_(by)
-        for p in (ours.encoder.cls_token, ours.decoder.mask_token, theirs.vit.embeddings.cls_token, theirs.decoder.mask_token): p.copy_(p*by)
+        for p in (ours.encoder.pos_embed, ours.decoder.pos,
+                  theirs.vit.embeddings.position_embeddings, theirs.decoder.decoder_pos_embed):
+            p.mul_(by)
+        for m in (ours.encoder.patch_embed.proj, theirs.vit.embeddings.patch_embeddings.projection,
+                  ours.decoder.embed, theirs.decoder.decoder_embed):
+            m.weight.mul_(by)
+            m.bias.mul_(by)
+        for p in (ours.encoder.cls_token, ours.decoder.mask_token,
+                  theirs.vit.embeddings.cls_token, theirs.decoder.mask_token):
+            p.copy_(p*by)
 
 
 @torch.no_grad()
@@ -60,11 +77,13 @@ def shrink(ours, theirs, by=.01):
 @pytest.mark.parametrize('small', [False, True])
 def test_loss_and_reconstruction_equal_vitmae(norm_pixels, channels, small):
     ours, theirs = pair(norm_pixels, channels)
-    if small: shrink(ours, theirs)
+    if small:
+        shrink(ours, theirs)
     imgs = torch.randn(3, channels, 32, 32, generator=generator('imgs'))
     imgs[:, :, 8:16] = .5 + imgs[:, :, 8:16]*1e-3  # patches so flat that the eps of the loss shows
     ids_keep, ids_mask = find_strategy('random', .75)(torch.zeros(3, 4, 4), generator('masks'))
-    noise = torch.zeros(3, 16).scatter_(1, torch.cat([ids_keep, ids_mask], 1), torch.linspace(0, 1, 16).expand(3, -1))
+    noise = torch.zeros(3, 16).scatter_(1, torch.cat([ids_keep, ids_mask], 1),
+                                        torch.linspace(0, 1, 16).expand(3, -1))
     want = theirs(imgs, noise=noise)
     loss, pred = ours(imgs, ids_keep, ids_mask)
     assert want.mask.gather(1, ids_mask).all() and want.mask.sum() == ids_mask.numel()
@@ -73,23 +92,28 @@ def test_loss_and_reconstruction_equal_vitmae(norm_pixels, channels, small):
     assert (pred - hidden).abs().max() < 1e-5
     painted = patchify(reconstruct(ours, imgs, ids_keep, ids_mask)[1], 8)
     patches = theirs.patchify(imgs)
-    if norm_pixels: want.logits = want.logits*(patches.var(-1, keepdim=True) + 1e-6).sqrt() + patches.mean(-1, keepdim=True)
+    if norm_pixels:
+        want.logits = (want.logits*(patches.var(-1, keepdim=True) + 1e-6).sqrt()
+                       + patches.mean(-1, keepdim=True))
     mask = want.mask[..., None]
     assert (painted - (patches*(1 - mask) + want.logits*mask)).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize('kind', ['self', 'cross'])
 def test_any_size_patch_channels(kind):
-    "Not square, another patch, five channels, prefix tokens or none: every hidden patch is predicted, and every weight learns"
-    for image, patch, channels, kw in (((24, 48), 4, 5, {}), ((42, 28), 14, 1, dict(reg_tokens=4)), ((16, 16), 4, 3, dict(class_token=False, global_pool='avg'))):
-        encoder = make_encoder(image=image, channels=channels, patch_size=patch, embed_dim=48, depth=1, num_heads=3, **kw)
+    "Not square, another patch, five channels, prefix tokens: every patch is predicted, every weight learns"
+    for image, patch, channels, kw in (((24, 48), 4, 5, {}), ((42, 28), 14, 1, dict(reg_tokens=4)),
+                                       ((16, 16), 4, 3, dict(class_token=False, global_pool='avg'))):
+        encoder = make_encoder(image=image, channels=channels, patch_size=patch, embed_dim=48, depth=1,
+                               num_heads=3, **kw)
         mae = MAE(encoder, kind=kind, width=32, depth=1, heads=2)
         L = mae.grid[0]*mae.grid[1]
         ids_keep, ids_mask = find_strategy('random', ratio=.6)(torch.zeros(2, *mae.grid), generator('masks'))
         loss, pred = mae(torch.randn(2, channels, *image, generator=generator(patch)), ids_keep, ids_mask)
         assert pred.shape == (2, L - int(L*.4), patch*patch*channels)
         loss.backward()
-        assert not [n for n, p in mae.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.abs().sum() > 0)]
+        assert not [n for n, p in mae.named_parameters()
+                    if p.requires_grad and (p.grad is None or not p.grad.abs().sum() > 0)]
 
 
 def test_a_cross_decoder_predicts_a_share_as_it_would_among_all():
@@ -118,4 +142,5 @@ def test_masks_that_do_not_fit():
     for batch, grid in ((2, (2, 4)), (2, (5, 5)), (3, (4, 4))):
         masks = find_strategy('random', .75)(torch.zeros(batch, *grid), generator('masks'))
         for f in (mae, lambda *x: reconstruct(mae, *x)):
-            with pytest.raises(SemmaeError, match="make them on the encoder's grid, 4×4"): f(imgs, *masks)
+            with pytest.raises(SemmaeError, match="make them on the encoder's grid, 4×4"):
+                f(imgs, *masks)

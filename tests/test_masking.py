@@ -8,23 +8,27 @@ from hypothesis import given, settings, strategies as st
 from semmae.core import SemmaeError, generator
 from semmae.masking import STRATEGIES, blend, block, inter, intra, part_sizes
 
-LAYOUTS = st.tuples(st.integers(1, 9), st.integers(2, 9), st.integers(1, 8), st.integers(0, 10**6))  # rows, columns, parts, seed
+# rows, columns, parts, seed
+LAYOUTS = st.tuples(st.integers(1, 9), st.integers(2, 9), st.integers(1, 8), st.integers(0, 10**6))
 
 
 def layout(rows, cols, n, seed, batch=4):
     "Random part maps: some parts empty, some of one patch"
     gen = generator('layout', seed)
     sizes = torch.rand(n, generator=gen)**4 + 1e-9
-    return torch.multinomial(sizes, batch*rows*cols, replacement=True, generator=gen).reshape(batch, rows, cols)
+    return torch.multinomial(sizes, batch*rows*cols, replacement=True,
+                             generator=gen).reshape(batch, rows, cols)
 
 
-def hidden(parts, ids_mask): return torch.zeros(len(parts), parts[0].numel()).scatter_(1, ids_mask, 1)
+def hidden(parts, ids_mask):
+    return torch.zeros(len(parts), parts[0].numel()).scatter_(1, ids_mask, 1)
 
 
 def cuts(parts, out, but=None):
     "How many parts of every image are hidden neither whole nor not at all"
     inside = [parts.flatten(1) == p for p in range(int(parts.max()) + 1) if p != but]
-    return torch.stack([((out*i).sum(1) > 0) & ((out*i).sum(1) < i.sum(1)) for i in inside]).sum(0) if inside else torch.zeros(len(parts))
+    return (torch.stack([((out*i).sum(1) > 0) & ((out*i).sum(1) < i.sum(1)) for i in inside]).sum(0)
+            if inside else torch.zeros(len(parts)))
 
 
 @pytest.mark.parametrize('name', STRATEGIES)
@@ -34,7 +38,8 @@ def test_every_patch_once_and_the_same_number_hidden(name, shape, ratio, progres
     parts = layout(*shape)
     L = parts[0].numel()
     n = L - int(L*(1-ratio))
-    if not 0 < n < L: return
+    if not 0 < n < L:
+        return
     x = parts.float() if STRATEGIES[name].looks_at == 'scores' else parts
     keep, mask = STRATEGIES[name](x, ratio, generator(name, shape), progress)
     assert mask.shape == (len(parts), n)
@@ -47,7 +52,8 @@ def test_intra_hides_the_same_share_of_every_part(shape, ratio):
     parts = layout(*shape)
     L = parts[0].numel()
     n = L - int(L*(1-ratio))
-    if not 0 < n < L: return
+    if not 0 < n < L:
+        return
     out = hidden(parts, intra(parts, ratio, generator(shape))[1])
     for p in range(int(parts.max()) + 1):
         inside = parts.flatten(1) == p
@@ -59,7 +65,8 @@ def test_intra_hides_the_same_share_of_every_part(shape, ratio):
 def test_inter_cuts_at_most_one_part(shape, ratio):
     parts = layout(*shape)
     L = parts[0].numel()
-    if not 0 < L - int(L*(1-ratio)) < L: return
+    if not 0 < L - int(L*(1-ratio)) < L:
+        return
     assert (cuts(parts, hidden(parts, inter(parts, ratio, generator(shape))[1])) <= 1).all()
 
 
@@ -79,7 +86,7 @@ def mean_of_inter(sizes, n):
 @pytest.mark.parametrize('gamma', [1/3, 1, 2, 3])
 @pytest.mark.parametrize('reverse', [False, True])
 def test_blend_hides_what_the_papers_formula_says(progress, gamma, reverse):
-    "Over many draws: λ·r·K + (1−λ)·(what inter hides of the part on average), λ = 1 − progress^γ, or progress^γ the other way round"
+    "λ·r·K + (1−λ)·(what inter hides of the part on average), λ = 1 − progress^γ, or progress^γ in reverse"
     sizes, n = [30, 20, 10, 4], 48
     parts = torch.tensor(sum(([p]*k for p, k in enumerate(sizes)), [])).reshape(1, 8, 8).expand(8000, -1, -1)
     share = progress**gamma if reverse else 1 - progress**gamma
@@ -105,14 +112,16 @@ def test_a_spared_background_is_never_hidden_whole(shape, ratio, progress, backg
     parts = layout(*shape)
     L = parts[0].numel()
     n = L - int(L*(1-ratio))
-    if not 0 < n < L: return
+    if not 0 < n < L:
+        return
     inside = parts.flatten(1) == background
     for f, kw in ((inter, {}), (intra, {}), (blend, dict(progress=progress))):
         keep, mask = f(parts, ratio, generator(shape), background=background, **kw)
         assert (torch.cat([keep, mask], 1).sort(1).values == torch.arange(L)).all() and mask.shape[1] == n
         out = hidden(parts, mask)
         assert ((out*inside).sum(1) < inside.sum(1))[inside.any(1)].all()
-        assert ((out*inside).sum(1) >= torch.minimum((inside.sum(1)*n/L).floor(), inside.sum(1) - 1))[inside.any(1)].all()
+        assert ((out*inside).sum(1) >= torch.minimum((inside.sum(1)*n/L).floor(),
+                                                     inside.sum(1) - 1))[inside.any(1)].all()
         if f is inter:
             assert (cuts(parts, out, but=background) <= 1).all()
 
@@ -128,8 +137,10 @@ def test_hidden_patches_come_in_random_order(name):
 
 
 def test_labels_the_strategies_cannot_use():
-    for bad, says in ((torch.rand(2, 4, 4), 'part labels'), (torch.full((2, 4, 4), 256), '0 to 255'), (torch.full((2, 4, 4), -1), '0 to 255')):
-        with pytest.raises(SemmaeError, match=says): blend(bad, .75, generator(0))
+    for bad, says in ((torch.rand(2, 4, 4), 'part labels'), (torch.full((2, 4, 4), 256), '0 to 255'),
+                      (torch.full((2, 4, 4), -1), '0 to 255')):
+        with pytest.raises(SemmaeError, match=says):
+            blend(bad, .75, generator(0))
 
 
 @pytest.mark.parametrize('f', [intra, inter, blend])
@@ -137,14 +148,18 @@ def test_the_width_of_the_table_of_counts_changes_nothing(f, monkeypatch):
     "On a GPU it is as wide as labels can be, so that nobody has to look at them"
     parts = layout(6, 7, 5, 0, batch=20)
     narrow = f(parts, .6, generator(0), .5)
-    monkeypatch.setattr('semmae.masking.part_sizes', lambda parts: torch.nn.functional.pad(part_sizes(parts), (0, 256 - int(parts.max()) - 1)))
-    for a, b in zip(f(parts, .6, generator(0), .5), narrow): assert torch.equal(a, b)
+    monkeypatch.setattr('semmae.masking.part_sizes', lambda parts: torch.nn.functional.pad(
+        part_sizes(parts), (0, 256 - int(parts.max()) - 1)))
+    for a, b in zip(f(parts, .6, generator(0), .5), narrow):
+        assert torch.equal(a, b)
 
 
 def test_blocks_are_rectangles():
-    "Few patches are hidden by less than a rectangle: hidden ones have hidden neighbours, and every ratio is reached without scatter"
+    "Hidden patches have hidden neighbours, and every ratio is reached without scatter"
     for ratio in (.3, .75, .9):
-        out = hidden(torch.zeros(500, 14, 14), block(torch.zeros(500, 14, 14), ratio, generator(ratio))[1]).reshape(-1, 14, 14)
+        out = hidden(torch.zeros(500, 14, 14),
+                     block(torch.zeros(500, 14, 14), ratio, generator(ratio))[1]).reshape(-1, 14, 14)
         around = torch.nn.functional.avg_pool2d(out[:, None], 3, 1, 1, count_include_pad=False)[:, 0]
-        assert ((around < .3)*out).sum()/out.sum() < .04  # nearly alone: the rim of the rectangle that was cut
+        # nearly alone: the rim of the rectangle that was cut
+        assert ((around < .3)*out).sum()/out.sum() < .04
         assert (out.mean(0) - ratio).abs().max() < .15, 'a place is preferred'

@@ -21,19 +21,21 @@ from semmae.pipeline.train import train_stage
 from semmae.pipeline.tune import finetune_stage, segment_stage
 from semmae.train import launch
 
-RESULTS = ['runs/teacher/encoder.safetensors', 'runs/teacher/history.csv', 'runs/parts/train.npy', 'runs/metrics/teacher.json',
-           'runs/metrics/parts.json', 'runs/train/semmae/encoder.safetensors', 'runs/train/semmae/loss.csv', 'runs/metrics/probe.json',
-           'runs/train/random/decoder.safetensors', 'runs/metrics/train/inter.json', 'runs/finetune/semmae/answers.json',
+RESULTS = ['runs/teacher/encoder.safetensors', 'runs/teacher/history.csv', 'runs/parts/train.npy',
+           'runs/metrics/teacher.json', 'runs/metrics/parts.json', 'runs/train/semmae/encoder.safetensors',
+           'runs/train/semmae/loss.csv', 'runs/metrics/probe.json', 'runs/train/random/decoder.safetensors',
+           'runs/metrics/train/inter.json', 'runs/finetune/semmae/answers.json',
            'runs/segment/untrained/maps.npz', 'runs/report/index.html']
 
 TRAININGS, TUNED = ['semmae', 'random', 'untrained', 'inter'], ['semmae', 'random', 'untrained']
 TRAIN = [f'train@{k}' for k in TRAININGS]
-STAGES = ['teacher', 'parts', *TRAIN, 'probe', *(f'{stage}@{k}' for stage in ('finetune', 'segment') for k in TUNED), 'report']
+STAGES = ['teacher', 'parts', *TRAIN, 'probe',
+          *(f'{stage}@{k}' for stage in ('finetune', 'segment') for k in TUNED), 'report']
 
 
 @pytest.fixture
 def done(project):
-    "The clone after `dvc repro`, and what that printed; put back as it was when the test ends, however it ends"
+    "The clone after `dvc repro`, and what that printed; put back as it was when the test ends"
     yield project, (project/'.git/repro.log').read_text()
     restore(project)
 
@@ -61,20 +63,26 @@ def set_param(project, old, new):
 
 def test_repro_makes_everything_and_says_how_far_it_is(done):
     project, out = done
-    for f in RESULTS: assert (project/f).stat().st_size > 0, f
+    for f in RESULTS:
+        assert (project/f).stat().st_size > 0, f
     assert re.search(r'epoch 3/3  loss \d\.\d+  \d+ images/s  0:00 left', out)
     assert sorted(stages_of(out)) == sorted(['exported', *STAGES])
     scores = json.loads((project/'runs/metrics/probe.json').read_text())
     assert scores['split'] == 'test' and all(0 < scores[k]['linear']['class'] < 1 for k in TRAININGS)
-    assert 'called_iou' in json.loads((project/'runs/metrics/parts.json').read_text())['test'], 'two steps call a foreground'
+    assert 'called_iou' in json.loads((project/'runs/metrics/parts.json').read_text())['test'], (
+        'two steps call a foreground')
 
 
 def test_every_score_says_what_it_was_measured_on(done):
-    found = {s: json.loads((done[0]/'runs/metrics'/f"{s.replace('@', '/')}.json").read_text()) for s in STAGES if s not in ('parts', 'report')}
+    found = {s: json.loads((done[0]/'runs/metrics'/f"{s.replace('@', '/')}.json").read_text())
+             for s in STAGES if s not in ('parts', 'report')}
     for name, scores in found.items():
-        assert scores['split'] == ('train' if name in TRAIN else 'test') and scores['images'] == 280 and scores['seed'] == 0, name
-        assert scores['checkpoint'] if name != 'probe' else scores['checkpoints'].keys() == set(TRAININGS), name
-    assert all(0 < found[f'finetune@{k}']['accuracy'] < 1 and 0 < found[f'segment@{k}']['frozen'] < 1 for k in TUNED)
+        assert (scores['split'] == ('train' if name in TRAIN else 'test')
+                and scores['images'] == 280 and scores['seed'] == 0), name
+        assert (scores['checkpoint'] if name != 'probe'
+                else scores['checkpoints'].keys() == set(TRAININGS)), name
+    assert all(0 < found[f'finetune@{k}']['accuracy'] < 1 and 0 < found[f'segment@{k}']['frozen'] < 1
+               for k in TUNED)
 
 
 def test_a_training_without_what_it_needs_is_left_out(done):
@@ -119,7 +127,8 @@ def test_comparing_runs(done):
     "An experiment from the command line, as far as the probe, and what it changed"
     project, _ = done
     out = sh(project, 'dvc exp run -S profiles.smoke.pretrain.masking.ratio=0.6 probe').stdout
-    assert set(stages_of(out)) == {'exported', *TRAIN, 'probe'}, 'one parameter of one kind of stage: those and what depends on them'
+    assert set(stages_of(out)) == {'exported', *TRAIN, 'probe'}, (
+        'one parameter of one kind of stage: those and what depends on them')
     assert 'masking.ratio' in sh(project, 'dvc params diff').stdout
     assert 'loss' in sh(project, 'dvc metrics diff').stdout
     assert 'linear' in sh(project, 'dvc metrics show').stdout
@@ -130,23 +139,24 @@ def test_comparing_runs(done):
 
 def test_forgotten_export(done):
     project, _ = done
-    nb = project/'nbs/07_masking.ipynb'
+    nb = project/'nbs/04_masking.ipynb'
     edited = nb.read_text().replace('Hide patches uniformly at random', 'Hide patches at random')
     assert edited != nb.read_text()
     nb.write_text(edited)
     out = sh(project, 'dvc repro', ok=False)
     assert out.returncode != 0
-    assert 'exported: semmae/masking.py differs from its notebook: run `nbdev_export`, and `dvc repro` again' in out.stdout
+    assert ('exported: semmae/masking.py differs from its notebook: run `nbdev_export`, '
+            'and `dvc repro` again') in out.stdout
     assert 'Traceback' not in out.stdout and stages_of(out.stdout) == ['exported']
 
 
 @pytest.mark.parametrize('module, old, new, again', [
-    ('14_show', '#3b6ea5', '#b5562f', {'report'}),
-    ('19_attend', 'A head of an image', 'One head of an image', set(STAGES)),
-    ('07_masking', 'Hide patches uniformly at random', 'Hide patches at random', {*TRAIN, 'report'}),
+    ('02_show', '#3b6ea5', '#b5562f', {'report'}),
+    ('06_attend', 'A head of an image', 'One head of an image', set(STAGES)),
+    ('04_masking', 'Hide patches uniformly at random', 'Hide patches at random', {*TRAIN, 'report'}),
     ('pipeline/glue/03_settings', 'is not a whole number', 'is no whole number', set())])
 def test_an_edit_reruns_what_uses_it(done, module, old, new, again):
-    "A plot only the report; the attention kernel all that runs an encoder; a masking all that hides; what is refused nothing"
+    "A plot only the report, a kernel all that runs an encoder, a masking all that hides, a check nothing"
     project, _ = done
     nb = project/f'nbs/{module}.ipynb'
     assert old in nb.read_text()
@@ -170,13 +180,16 @@ def test_a_mistake_is_one_sentence(done):
     (train_stage, 'probe: {labels: [0.2]}', 'probe: {labels: [0.001]}', 'class cat-phones'),
     (train_stage, 'segment: {labels: 0.5', 'segment: {labels: 0.001', 'the training set'),
     (finetune_stage, 'labels: 0.5', 'labels: 0.001', 'class cat-phones'),
-    (finetune_stage, 'patch_size: 8, embed_dim: 64', 'patch_size: 8, embed_dim: 96', 'runs/train/semmae/encoder.safetensors'),
-    (segment_stage, 'patch_size: 8, embed_dim: 64', 'patch_size: 8, embed_dim: 96', 'runs/train/semmae/encoder.safetensors')],
+    (finetune_stage, 'patch_size: 8, embed_dim: 64', 'patch_size: 8, embed_dim: 96',
+     'runs/train/semmae/encoder.safetensors'),
+    (segment_stage, 'patch_size: 8, embed_dim: 64', 'patch_size: 8, embed_dim: 96',
+     'runs/train/semmae/encoder.safetensors')],
     ids=lambda x: x if isinstance(x, str) else x.__name__)
 def test_what_only_a_stage_can_know_is_one_sentence(done, stage, old, new, says):
     "`semmae.pipeline.run` prints what is raised here, as above"
     set_param(done[0], old, new)
-    with pytest.raises(SemmaeError, match=re.escape(says)) as e: stage(done[0])
+    with pytest.raises(SemmaeError, match=re.escape(says)) as e:
+        stage(done[0])
     assert '\n' not in str(e.value)
 
 
@@ -186,34 +199,43 @@ def test_a_stage_that_is_killed_says_so(tmp_path):
     cell = new_code_cell('import os, signal\nos.kill(os.getpid(), signal.SIGKILL)')
     nbformat.write(new_notebook(cells=[cell]), tmp_path/'nbs/pipeline/train.ipynb')
     out = sh(tmp_path, f'PYTHONPATH={ROOT} python -m semmae.pipeline.run train', ok=False)
-    assert out.returncode != 0 and out.stdout.splitlines()[-1].startswith('train: its process was killed, most often for want of memory: lower `batch`')
+    assert out.returncode != 0 and out.stdout.splitlines()[-1].startswith(
+        'train: its process was killed, most often for want of memory: lower `batch`')
 
 
 def test_data_not_pulled(done):
     "DVC itself stops `dvc repro` and names the file; a stage started by itself says what to do"
     project, _ = done
     (project/'data').rename(project/'elsewhere')
-    whole, stage = sh(project, 'dvc repro', ok=False), sh(project, 'python -m semmae.pipeline.run train', ok=False)
+    whole, stage = (sh(project, 'dvc repro', ok=False),
+                    sh(project, 'python -m semmae.pipeline.run train', ok=False))
     (project/'elsewhere').rename(project/'data')
     assert whole.returncode != 0 and "'data.dvc': missing data" in whole.stdout
-    assert stage.returncode != 0 and stage.stdout.endswith('train: the demo images are not here: run `dvc pull data`\n')
+    assert stage.returncode != 0 and stage.stdout.endswith(
+        'train: the demo images are not here: run `dvc pull data`\n')
 
 
 def alive(project):
     "Processes that work in the clone"
     found = []
     for p in Path('/proc').glob('[0-9]*'):
-        try: cwd, command = os.readlink(p/'cwd'), (p/'cmdline').read_text()
-        except OSError: continue
-        if cwd.startswith(str(project)) and ('semmae' in command or 'ipykernel' in command or 'dvc' in command): found.append(int(p.name))
+        try:
+            cwd, command = os.readlink(p/'cwd'), (p/'cmdline').read_text()
+        except OSError:
+            continue
+        if cwd.startswith(str(project)) and ('semmae' in command or 'ipykernel' in command
+                                             or 'dvc' in command):
+            found.append(int(p.name))
     return found
 
 
 def start(project, log):
-    "`dvc repro` of one stage in the background, once its pretraining, of ten epochs and more, has come to the second"
+    "`dvc repro` of one stage in the background, once its training has come to its second epoch"
     with open(log, 'w') as f:
-        run = subprocess.Popen(['dvc', 'repro', '-s', 'train@semmae'], cwd=project, env=environment(project), stdout=f, stderr=f, start_new_session=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a background job inherits "ignore"
+        # a background job inherits "ignore"
+        run = subprocess.Popen(['dvc', 'repro', '-s', 'train@semmae'], cwd=project, env=environment(project),
+                               stdout=f, stderr=f, start_new_session=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     wait_for(lambda: re.search(r'epoch 2/\d\d', log.read_text()), 180)
     return run
 
@@ -222,7 +244,8 @@ def start(project, log):
 def log(done):
     "Where a run in the background writes; whatever is left of it ends with the test"
     yield done[0]/'runs/log'
-    for pid in alive(done[0]): os.kill(pid, signal.SIGKILL)
+    for pid in alive(done[0]):
+        os.kill(pid, signal.SIGKILL)
     (done[0]/'runs/log').unlink()
     shutil.rmtree(done[0]/'runs/unfinished', ignore_errors=True)
 
@@ -235,15 +258,18 @@ def test_a_stopped_run_leaves_nothing_half_done(done, log, how, processes):
     set_param(project, 'epochs: 3', 'epochs: 3000')
     set_param(project, 'processes: 1', f'processes: {processes}')
     run = start(project, log)
-    if how == signal.SIGINT: os.killpg(run.pid, how)  # Ctrl-C reaches the whole foreground group
-    else: run.send_signal(how)
+    if how == signal.SIGINT:
+        os.killpg(run.pid, how)  # Ctrl-C reaches the whole foreground group
+    else:
+        run.send_signal(how)
     run.wait(60)
     wait_for(lambda: not alive(project))
     assert known() == before
     assert not [f for f in RESULTS if f.startswith('runs/train/semmae/') and (project/f).exists()]
 
 
-@pytest.mark.parametrize('flag, epochs', [('', 20), ('-f', 21)])  # of the same run DVC would remember the result
+# of the same run DVC would remember the result
+@pytest.mark.parametrize('flag, epochs', [('', 20), ('-f', 21)])
 def test_an_interrupted_stage_goes_on_or_starts_afresh(done, log, flag, epochs):
     project, _ = done
     set_param(project, 'epochs: 3', f'epochs: {epochs}')
@@ -256,7 +282,8 @@ def test_an_interrupted_stage_goes_on_or_starts_afresh(done, log, flag, epochs):
 
 def training_stages(root):
     "What each of two processes runs below"
-    for stage, *entry in (teacher_stage,), (train_stage, 'semmae'), (train_stage, 'inter'), (finetune_stage, 'semmae'), (segment_stage, 'semmae'):
+    for stage, *entry in ((teacher_stage,), (train_stage, 'semmae'), (train_stage, 'inter'),
+                          (finetune_stage, 'semmae'), (segment_stage, 'semmae')):
         stage(root, 'smoke', *entry)
         torch.distributed.barrier()
 
@@ -264,9 +291,12 @@ def training_stages(root):
 def test_several_processes(done, monkeypatch):
     "The stages that train do in two processes what they do in one"
     project, _ = done
-    found = lambda: {f: json.loads((project/f'runs/metrics/{f}.json').read_text()) for f in ('teacher', 'train/semmae', 'train/inter', 'finetune/semmae', 'segment/semmae')}
+    found = lambda: {f: json.loads((project/f'runs/metrics/{f}.json').read_text())
+                     for f in ('teacher', 'train/semmae', 'train/inter', 'finetune/semmae',
+                               'segment/semmae')}
     before = found()
-    for f in before: (project/f'runs/metrics/{f}.json').unlink()
+    for f in before:
+        (project/f'runs/metrics/{f}.json').unlink()
     monkeypatch.setenv('PYTHONPATH', f'{project}:{Path(__file__).parent}')
     launch(training_stages, str(project), processes=2)
     after = found()

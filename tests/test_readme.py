@@ -1,4 +1,4 @@
-"Every command of the README runs. (Its first two are what CI runs: .ci/run takes the second from the README itself.)"
+"Every command of the README runs; its first two are what CI runs."
 import os
 import re
 import signal
@@ -16,9 +16,11 @@ from semmae.core import generator
 
 README = (ROOT/'README.md').read_text()
 BLOCKS = re.findall(r'^```(\w*)\n(.*?)^```', README, re.S | re.M)
-lines_of = lambda language: [line.split('  #')[0].strip() for k, block in BLOCKS if k == language for line in block.splitlines() if line.strip()]
+lines_of = lambda language: [line.split('  #')[0].strip() for k, block in BLOCKS if k == language
+                             for line in block.splitlines() if line.strip()]
 BASH, PYTHON = lines_of('bash'), [block for k, block in BLOCKS if k == 'python']
-LARGE = [line for line in lines_of('') if line.isascii()]  # commands for GPUs; the drawing of the pipeline is none
+# commands for GPUs; the drawing of the pipeline is none
+LARGE = [line for line in lines_of('') if line.isascii()]
 SETUP = "python3 -m venv .venv && . .venv/bin/activate && pip install -e '.[dev]' && dvc pull data && "
 
 
@@ -31,34 +33,44 @@ def test_the_two_commands():
     run = (ROOT/'.ci/run').read_text()
     assert 'README.md' in run and "endswith('pytest')" in run
 
-SHORT = [c for c in BASH[2:] if not c.startswith(('jupyter', 'nbdev_test')) and 'masking.ratio' not in c]  # test_comparing_runs in test_pipeline.py varies the ratio
+# test_comparing_runs in test_pipeline.py varies the ratio
+SHORT = [c for c in BASH[2:] if not c.startswith(('jupyter', 'nbdev_test')) and 'masking.ratio' not in c]
 
 @pytest.mark.parametrize('command', SHORT)
 def test_command(project, command, tmp_path, monkeypatch):
     monkeypatch.setenv('HOME', str(tmp_path))
     if 'photos' in command:
         (tmp_path/'photos').mkdir()
-        for i, few in enumerate(torch.randint(256, (100, 5, 5, 3), generator=generator(0), dtype=torch.uint8)):
+        for i, few in enumerate(torch.randint(256, (100, 5, 5, 3), generator=generator(0),
+                                              dtype=torch.uint8)):
             Image.fromarray(few.numpy()).resize((70, 64)).save(tmp_path/'photos'/f'{i}.jpg')
         command += ' -S profiles.smoke.pretrain.batch=16'
-    if 'cifar10' in command:  # needs the network: that DVC finds every stage and parameter is what can be shown here
+    # needs the network: that DVC finds every stage and parameter is what can be shown here
+    if 'cifar10' in command:
         command = 'sed -i "s/^profile: smoke/profile: cifar10/" params.yaml && dvc repro --dry'
-    if 'source=given' in command: command += ' train@semmae'   # the stages that differ; photos go to the end
+    if 'source=given' in command:
+        command += ' train@semmae'   # the stages that differ; photos go to the end
     sh(project, small(command))
-    if 'photos' in command: assert 'no classes' in (project/'runs/report/index.html').read_text()
+    if 'photos' in command:
+        assert 'no classes' in (project/'runs/report/index.html').read_text()
     sh(project, 'git checkout -q . && git clean -qfd && dvc checkout -q --force data')
 
 def test_jupyterlab_opens(project, port):
     command = next(c for c in BASH if c.startswith('jupyter'))
-    lab = subprocess.Popen([*command.split(), '--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}', '--IdentityProvider.token=test'],
-                           cwd=project, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    lab = subprocess.Popen([*command.split(), '--no-browser', '--allow-root', '--ip=127.0.0.1',
+                            f'--port={port}', '--IdentityProvider.token=test'],
+                           cwd=project, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                           start_new_session=True)
     def answer(page):
-        try: return urllib.request.urlopen(f'http://127.0.0.1:{port}/{page}?token=test', timeout=30).read()
-        except urllib.error.URLError: return None
+        try:
+            return urllib.request.urlopen(f'http://127.0.0.1:{port}/{page}?token=test', timeout=30).read()
+        except urllib.error.URLError:
+            return None
     try:
         wait_for(lambda: answer('lab'))
         assert b'# core' in answer('api/contents/00_core.ipynb')
-    finally: os.killpg(lab.pid, signal.SIGKILL)
+    finally:
+        os.killpg(lab.pid, signal.SIGKILL)
 
 
 @pytest.fixture
@@ -71,10 +83,13 @@ def port():
 @pytest.mark.parametrize('command', LARGE, ids=['study', 'benchmark', 'torchrun'])
 def test_command_for_a_gpu(project, command, port):
     "As it stands, with what needs a GPU or hours made small"
-    smaller = {'--minutes 9': '--minutes 0', "'nbs/studies/gpu.json', checkout='../mae'": "'runs/gpu.json', size='toy', blocks=['parts']",
-               '--nnodes=2 --nproc-per-node=8': '--nnodes=1 --nproc-per-node=2', 'HOST:29400': f'127.0.0.1:{port}', 'train . cifar10': 'train . smoke'}
+    smaller = {'--minutes 9': '--minutes 0',
+               "'nbs/studies/gpu.json', checkout='../mae'": "'runs/gpu.json', size='toy', blocks=['parts']",
+               '--nnodes=2 --nproc-per-node=8': '--nnodes=1 --nproc-per-node=2',
+               'HOST:29400': f'127.0.0.1:{port}', 'train . cifar10': 'train . smoke'}
     small = command
-    for old, new in smaller.items(): small = small.replace(old, new)
+    for old, new in smaller.items():
+        small = small.replace(old, new)
     assert small != command
     sh(project, small)
     sh(project, 'git checkout -q . && git clean -qfd && dvc checkout -q --force')
@@ -84,9 +99,12 @@ def test_command_for_a_gpu(project, command, port):
 def test_python(project, code, tmp_path):
     (tmp_path/'example.py').write_text(code)
     out = sh(project, f'python {tmp_path}/example.py').stdout
-    if 'score' in code: assert "'linear'" in out
-    if 'learn_parts' in code: assert '[500, 8, 8]' in out
-    if 'mymaps' in code: assert (project/'runs/mymaps/maps.json').exists()
+    if 'score' in code:
+        assert "'linear'" in out
+    if 'learn_parts' in code:
+        assert '[500, 8, 8]' in out
+    if 'mymaps' in code:
+        assert (project/'runs/mymaps/maps.json').exists()
 
 def test_a_new_strategy_is_found_by_its_name():
     from semmae.masking import STRATEGIES, find_strategy
@@ -95,4 +113,5 @@ def test_a_new_strategy_is_found_by_its_name():
         parts = torch.tensor([[[0, 1, 0, 2], [0, 0, 0, 3]]])
         keep, hidden = find_strategy('foreground', ratio=.5, background=0)(parts, generator(0))
         assert {1, 3, 7} < set(hidden[0].tolist()) and len(hidden[0]) == 4
-    finally: STRATEGIES.pop('foreground', None)
+    finally:
+        STRATEGIES.pop('foreground', None)

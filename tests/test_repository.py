@@ -23,8 +23,10 @@ name = lambda p: str(p.relative_to(ROOT))
 
 def test_modules_are_what_the_notebooks_say():
     assert stale_modules(ROOT) == []
-    modules = {p.relative_to(ROOT/'semmae') for p in ROOT.glob('semmae/**/*.py') if p.name not in ('__init__.py', '_modidx.py')}
-    exported = {Path(line.split()[-1].replace('.', '/') + '.py') for nb in ROOT.glob('nbs/**/*.ipynb') for c in read_nb(nb).cells
+    modules = {p.relative_to(ROOT/'semmae') for p in ROOT.glob('semmae/**/*.py')
+               if p.name not in ('__init__.py', '_modidx.py')}
+    exported = {Path(line.split()[-1].replace('.', '/') + '.py')
+                for nb in ROOT.glob('nbs/**/*.ipynb') for c in read_nb(nb).cells
                 for line in c.source.splitlines() if line.startswith('#| default_exp')}
     assert modules == exported, 'a module without a notebook'
 
@@ -51,15 +53,18 @@ def test_stage_depends_on_its_notebook_and_its_code(path):
     "The file that the stage `exported` writes, and no list by hand"
     stage = yaml.safe_load((ROOT/'dvc.yaml').read_text())['stages'][path.stem]
     deps = stage.get('do', stage)['deps']
-    if path.stem == 'exported': return
-    assert {name(path), f'runs/code/{path.stem}.json'} <= set(deps) and not any(d.startswith('semmae') for d in deps)
+    if path.stem == 'exported':
+        return
+    assert ({name(path), f'runs/code/{path.stem}.json'} <= set(deps)
+            and not any(d.startswith('semmae') for d in deps))
 
 
 def test_nothing_else_at_the_top():
-    files = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split('\n')
+    files = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True,
+                           check=True).stdout.split('\n')
     top = {f.split('/')[0] for f in files if f and not f.startswith('.')}
-    assert top <= {'nbs', 'semmae', 'tests', 'runs', 'data.dvc', 'dvc.yaml', 'dvc.lock', 'params.yaml', 'settings.ini', 'pyproject.toml',
-                   'README.md', 'LICENSE'}
+    assert top <= {'nbs', 'semmae', 'tests', 'runs', 'data.dvc', 'dvc.yaml', 'dvc.lock', 'params.yaml',
+                   'settings.ini', 'pyproject.toml', 'README.md', 'LICENSE'}
 
 
 def test_settings_are_read():
@@ -78,12 +83,41 @@ def test_the_wheel_is_the_library():
         assert not [name for name in imported(path.read_text()) if '.' in name], path
 
 
+def test_a_chapter_uses_only_chapters_before_it():
+    "Its examples, too"
+    chapters = {p.stem[3:]: int(p.stem[:2]) for p in ROOT.glob('nbs/[0-9]*.ipynb')}
+    assert sorted(chapters.values()) == list(range(len(chapters)))
+    for module, number in chapters.items():
+        cells = nbformat.read(ROOT/f'nbs/{number:02}_{module}.ipynb', 4).cells
+        code = [c.source for c in cells if c.cell_type == 'code']
+        used = {name for source in code for name in imported(source)} - {module}
+        assert all(chapters.get(name, 99) < number for name in used), (module, used)
+
+
+def test_lines_are_short_and_hold_one_statement():
+    "In cells and tests; a body is not on the line of its head"
+    sources = {name(p): p.read_text() for p in ROOT.glob('tests/*.py')}
+    for path in [p for p in ROOT.glob('nbs/**/*.ipynb') if 'studies' not in p.parts]:
+        code = [c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'code']
+        sources |= {f'{name(path)} {i}': source for i, source in enumerate(code)}
+    for where, source in sources.items():
+        assert not [line for line in source.splitlines() if len(line) > 110], where
+        for node in ast.walk(ast.parse(source)):
+            bodies = [getattr(node, k, None) for k in ('body', 'orelse', 'finalbody')]
+            for body in [b for b in bodies if isinstance(b, list) and b]:
+                starts = [s.lineno for s in body]
+                assert len(starts) == len(set(starts)), (where, starts)
+                assert isinstance(node, ast.Module) or body[0].lineno > node.lineno, (where, node.lineno)
+
+
 def test_library_needs_no_development_tool():
     "Nothing that the library imports when it loads comes from the extra `dev`"
-    dev = {'pydantic', 'yaml', 'nbdev', 'dvc', 'papermill', 'jupyterlab', 'ipykernel', 'fastcore', 'execnb', 'pytest', 'hypothesis', 'robohash', 'IPython'}
+    dev = {'pydantic', 'yaml', 'nbdev', 'dvc', 'papermill', 'jupyterlab', 'ipykernel', 'fastcore', 'execnb',
+           'pytest', 'hypothesis', 'robohash', 'IPython'}
     for path in ROOT.glob('semmae/[!_]*.py'):
         for node in ast.parse(path.read_text()).body:
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
+            names = ([a.name for a in node.names] if isinstance(node, ast.Import)
+                     else [node.module] if isinstance(node, ast.ImportFrom) else [])
             assert not {n.split('.')[0] for n in names if n} & dev, path
 
 
@@ -92,16 +126,21 @@ def test_the_committed_scores_lie_where_five_seeds_say():
     known, here = (read_json(ROOT/p) for p in ('nbs/studies/tiny.json', 'runs/metrics/probe.json'))
     for name, (lo, hi) in known['intervals'].items():
         how, target = name.split()
-        assert lo <= 100*here['semmae'][how][target] <= hi and here['semmae'][how][target] > here['untrained'][how][target], name
+        assert (lo <= 100*here['semmae'][how][target] <= hi
+                and here['semmae'][how][target] > here['untrained'][how][target]), name
 
 
 @pytest.mark.parametrize('path', sorted(ROOT.glob('nbs/**/*.ipynb')), ids=name)
 def test_what_a_notebook_imports_is_there(path):
     "Studies are not run by any test: what they take from the library has to exist all the same"
     for cell in nbformat.read(path, 4).cells:
-        if cell.cell_type != 'code' or cell.source.lstrip().startswith(('%', '!')): continue
+        if cell.cell_type != 'code' or cell.source.lstrip().startswith(('%', '!')):
+            continue
         for node in ast.walk(ast.parse(cell.source)):
-            if not isinstance(node, ast.ImportFrom) or not (node.module or '').startswith('semmae'): continue
+            if not isinstance(node, ast.ImportFrom) or not (node.module or '').startswith('semmae'):
+                continue
             for alias in node.names:
                 module = importlib.import_module(node.module)
-                assert hasattr(module, alias.name) or importlib.util.find_spec(f'{node.module}.{alias.name}'), f'{node.module}.{alias.name}'
+                assert (hasattr(module, alias.name)
+                        or importlib.util.find_spec(f'{node.module}.{alias.name}')), (
+                    f'{node.module}.{alias.name}')

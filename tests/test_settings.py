@@ -1,4 +1,4 @@
-"Random edits of params.yaml: each is refused in one sentence that names a key, or everything runs. `python tests/test_settings.py 10000 300` makes more of them."
+"Random edits of params.yaml: each is refused in a sentence that names a key, or everything runs."
 import copy
 import json
 import random
@@ -23,13 +23,18 @@ ROOT = Path(__file__).parent.parent
 PROFILES = list(read_yaml(ROOT/'params.yaml')['profiles'])
 MICRO = dict(
     seed=0, processes=1, data=dict(source='photos', size=[16, 16], channels=3, limit=None, stream=False),
-    teacher=dict(encoder=dict(patch_size=4, embed_dim=16, depth=2, num_heads=2, image=[8, 8]), epochs=1, batch=8, warmup_epochs=0, n_words=8,
-                 lr=.001, n_small=1, judge_every=1, clip=3., large=[.4, 1.]),
+    teacher=dict(encoder=dict(patch_size=4, embed_dim=16, depth=2, num_heads=2, image=[8, 8]),
+                 epochs=1, batch=8, warmup_epochs=0, n_words=8, lr=.001, n_small=1, judge_every=1, clip=3.,
+                 large=[.4, 1.]),
     parts=dict(source='two_level', n_parts=3, share=.4, block=1, foreground_block=None),
-    encoder=dict(name='vit_tiny_patch16_224', patch_size=4, embed_dim=16, depth=1, num_heads=2), decoder=dict(kind='self', width=16, depth=1, heads=2),
-    pretrain=dict(masking=dict(name='blend', ratio=.5, gamma=2), epochs=1, batch=8, lr=.001, warmup_epochs=0, weight_decay=.05, crop_scale=[.5, 1.],
-                  clip=None, ema=None, accumulate=1, optimizer='adamw'),
-    probe=dict(labels=[.5]), finetune=dict(labels=1., epochs=1, batch=8, lr=.001, warmup_epochs=0, mixup=.8, drop_path=.1), segment=dict(labels=1., epochs=1, warmup_epochs=0))
+    encoder=dict(name='vit_tiny_patch16_224', patch_size=4, embed_dim=16, depth=1, num_heads=2),
+    decoder=dict(kind='self', width=16, depth=1, heads=2),
+    pretrain=dict(masking=dict(name='blend', ratio=.5, gamma=2), epochs=1, batch=8, lr=.001, warmup_epochs=0,
+                  weight_decay=.05, crop_scale=[.5, 1.], clip=None, ema=None, accumulate=1,
+                  optimizer='adamw'),
+    probe=dict(labels=[.5]),
+    finetune=dict(labels=1., epochs=1, batch=8, lr=.001, warmup_epochs=0, mixup=.8, drop_path=.1),
+    segment=dict(labels=1., epochs=1, warmup_epochs=0))
 WORDS = ['', 'x', 'data', '0.5', 'é', None, True, False]
 NUMBERS = [0, -1, 1, 2, 3, 5, 7, 64, .3, 1.5, -.1, 1., float('inf'), float('nan')]
 HUGE = [10**3, 10**6, 10**12, 10**400, 1e-300, 1e300, 2**63, -2**40]
@@ -47,7 +52,8 @@ def places(block, path=()):
 def edited(params, rng, values, among=None):
     "A copy with one key changed, renamed, removed or added, and where"
     params = copy.deepcopy(params)
-    *path, key = rng.choice([p for p in places(params) if among is None or p[:len(among)] == among and len(p) > len(among)])
+    *path, key = rng.choice([p for p in places(params)
+                             if among is None or p[:len(among)] == among and len(p) > len(among)])
     block = params
     for k in path:
         block = block[k]
@@ -88,10 +94,12 @@ def fuzz_checks(folder, n, seed=0):
     count = 0
     for _ in range(n):
         profile = rng.choice(PROFILES)
-        new, what = edited(params, rng, WORDS + NUMBERS + HUGE + BLOCKS, rng.choice([None, ('profiles', profile)]))
+        new, what = edited(params, rng, WORDS + NUMBERS + HUGE + BLOCKS,
+                           rng.choice([None, ('profiles', profile)]))
         (folder/'params.yaml').write_text(json.dumps(new))
         try:
-            count += refused(lambda: read_everything(folder/'params.yaml', profile, params['studies'] if 'studies' in what else ()))
+            count += refused(lambda: read_everything(folder/'params.yaml', profile,
+                                                     params['studies'] if 'studies' in what else ()))
         except Exception as e:
             raise AssertionError(f'{profile}: {what}') from e
     return count
@@ -159,7 +167,8 @@ def test_all_wrong_keys_are_named_at_once(tmp_path):
     (tmp_path/'params.yaml').write_text(yaml.safe_dump(params))
     with pytest.raises(SemmaeError) as e:
         read_params(tmp_path/'params.yaml', 'tiny')
-    for key in ('decoder.width is null', 'decoder.depht is not known: write depth', 'pretrain.masking.ratio is 2', 'masking.gama is not known: write gamma'):
+    for key in ('decoder.width is null', 'decoder.depht is not known: write depth',
+                'pretrain.masking.ratio is 2', 'masking.gama is not known: write gamma'):
         assert f'profiles.tiny.{key}' in str(e.value) or key in str(e.value)
 
 

@@ -1,4 +1,4 @@
-"The teacher: its loss against a plain retelling, its balance against the definition, one process or several, interrupted or not."
+"The teacher: its loss against a plain retelling, its balance, several processes, interruptions."
 import math
 
 import pytest
@@ -9,8 +9,9 @@ from conftest import ROOT
 from worker import teach
 
 from semmae.core import SemmaeError, generator, read_json, write_json
-from semmae.teacher import Distiller, Told, Views, balance, distil, place, random_blocks, random_colours, shared, view
-from semmae.data import load_images
+from semmae.sources import load_images
+from semmae.teacher import (Distiller, Told, Views, balance, distil, place, random_blocks, random_colours,
+                            shared, view)
 from semmae.vit import encode, make_encoder
 
 IMAGES = torch.randint(0, 256, (40, 3, 40, 40), dtype=torch.uint8, generator=generator('images'))
@@ -36,9 +37,10 @@ def answers(scores, sharp, balanced, centre):
 @pytest.mark.parametrize('balanced', [True, False])
 @pytest.mark.parametrize('n_small', [0, 3])
 def test_the_loss_is_what_ibot_says(balanced, n_small):
-    "Told again view by view and image by image: every view but the teacher's own, and every hidden patch, once an image"
+    "View by view and image by image: every view but the teacher's own, every hidden patch, once an image"
     both = Distiller(encoder(), n_words=12, balanced=balanced)
-    for k, p in enumerate(both.teacher.parameters()): p.add_(torch.randn(p.shape, generator=generator('other', k))*.1)
+    for k, p in enumerate(both.teacher.parameters()):
+        p.add_(torch.randn(p.shape, generator=generator('other', k))*.1)
     both.centres.copy_(torch.randn(2, 12, generator=generator('centres'))*.1)
     large, hide, small, seen = views(n_small=n_small)
     loss, told = both(large, hide, small, seen, .05)
@@ -51,13 +53,19 @@ def test_the_loss_is_what_ibot_says(balanced, n_small):
     painted = encode(both.student['encoder'], large, hide=hide, token=both.token)
     from_large, from_patches = words(painted[:, 0]), words(painted[:, 1:][hide])
     pairs = [[whole[i + 6*t] @ from_large[i + 6*(1 - t)] for i in range(6)] for t in (0, 1)]
-    crops = words(encode(both.student['encoder'], small, seen)[:, 0]) if n_small else []  # a head standardises what it gets at once
-    for k in range(n_small): pairs += [[whole[i + 6*t] @ crops[6*k + i] for i in range(6)] for t in (0, 1)]
+    # a head standardises what it gets at once
+    crops = words(encode(both.student['encoder'], small, seen)[:, 0]) if n_small else []
+    for k in range(n_small):
+        pairs += [[whole[i + 6*t] @ crops[6*k + i] for i in range(6)] for t in (0, 1)]
     where = hide.nonzero()[:, 0]
-    masked = [torch.stack([patches[j] @ from_patches[j] for j in (where == i).nonzero()[:, 0]]).mean() if hide[i].any() else torch.tensor(0.) for i in range(12)]
-    assert loss.item() == pytest.approx(-(torch.stack([torch.stack(p) for p in pairs]).mean() + torch.stack(masked).mean()).item(), abs=1e-5)
-    assert torch.allclose(told.answers, whole.view(2, 6, 12).sum(1), atol=1e-5) and told.tokens.tolist() == [12, int(hide.sum())]
-    assert told.agree.item() == pytest.approx(sum((whole[i] @ whole[i + 6]).item() for i in range(6)), abs=1e-5)
+    masked = [torch.stack([patches[j] @ from_patches[j] for j in (where == i).nonzero()[:, 0]]).mean()
+              if hide[i].any() else torch.tensor(0.) for i in range(12)]
+    assert loss.item() == pytest.approx(-(torch.stack([torch.stack(p) for p in pairs]).mean()
+                                          + torch.stack(masked).mean()).item(), abs=1e-5)
+    assert (torch.allclose(told.answers, whole.view(2, 6, 12).sum(1), atol=1e-5)
+            and told.tokens.tolist() == [12, int(hide.sum())])
+    assert told.agree.item() == pytest.approx(sum((whole[i] @ whole[i + 6]).item() for i in range(6)),
+                                              abs=1e-5)
 
 
 def test_the_teacher_follows_and_is_not_taught():
@@ -66,7 +74,8 @@ def test_the_teacher_follows_and_is_not_taught():
     before = both.teacher['head'].words.clone()
     loss, told = both(*views(), .05)
     loss.backward()
-    assert all(p.grad is None for p in both.teacher.parameters()) and all(p.grad is not None for p in both.student.parameters())
+    assert (all(p.grad is None for p in both.teacher.parameters())
+            and all(p.grad is not None for p in both.student.parameters()))
     both.follow(told, .75, centring=.5)
     assert torch.allclose(both.teacher['head'].words, .75*before + .25*both.student['head'].words)
     assert torch.allclose(both.centres[0], .5*told.scores[0]/12, atol=1e-6)
@@ -76,10 +85,11 @@ def test_the_teacher_follows_and_is_not_taught():
 
 
 def test_balance_is_the_nearest_balanced_table():
-    "Rows and columns scaled, nothing else: in the end rows sum to 1 and columns to equal shares, and cross ratios are those of the scores"
+    "Rows and columns are scaled, nothing else: rows sum to 1, columns to equal shares"
     scores = torch.randn(30, 5, generator=generator('scores'))
     q = balance(scores, .5, rounds=200)
-    assert torch.allclose(q.sum(0), torch.full((5,), 6.), atol=1e-3) and torch.allclose(q.sum(1), torch.ones(30), atol=1e-5)
+    assert (torch.allclose(q.sum(0), torch.full((5,), 6.), atol=1e-3)
+            and torch.allclose(q.sum(1), torch.ones(30), atol=1e-5))
     ratio = lambda t: t[0, 0] + t[1, 1] - t[0, 1] - t[1, 0]
     assert ratio(q.log()).item() == pytest.approx(ratio(scores/.5).item(), abs=1e-3)
 
@@ -88,7 +98,8 @@ def test_bits_say_how_much_likelier_two_views_of_one_image_agree():
     "Against all pairs of images, one by one; cut into steps as it comes"
     a, b = (torch.rand(30, 7, generator=generator(k)).softmax(1) for k in 'ab')
     b = (a + b)/2
-    told = [Told(torch.zeros(2, 7), torch.tensor([2*len(x), 0]), torch.stack([x.sum(0), y.sum(0)]), (x*y).sum()) for x, y in zip(a.split(20), b.split(20))]
+    told = [Told(torch.zeros(2, 7), torch.tensor([2*len(x), 0]), torch.stack([x.sum(0), y.sum(0)]),
+                 (x*y).sum()) for x, y in zip(a.split(20), b.split(20))]
     agree = [[(x @ y).item() for y in b] for x in a]
     own, any = sum(agree[i][i] for i in range(30))/30, sum(map(sum, agree))/900
     assert shared(told) == pytest.approx(math.log2(own/any), abs=1e-5)
@@ -106,7 +117,10 @@ def mute(vit):
 GREY = torch.full((64, 3, 32, 32), 128, dtype=torch.uint8)
 
 
-@pytest.mark.parametrize('vit, images, lr', [(encoder(), GREY, 2e-3), (encoder(), ART[:1].repeat(64, 1, 1, 1), 2e-3), (mute(encoder()), ART, 0.)], ids=['grey', 'one image', 'mute'])
+@pytest.mark.parametrize('vit, images, lr', [
+    (encoder(), GREY, 2e-3),
+    (encoder(), ART[:1].repeat(64, 1, 1, 1), 2e-3),
+    (mute(encoder()), ART, 0.)], ids=['grey', 'one image', 'mute'])
 def test_collapse_is_said(vit, images, lr):
     "With nothing to tell apart, and with an encoder that says the same of everything"
     with pytest.raises(SemmaeError, match='`teacher.lr` or `teacher.sharp`'):
@@ -114,7 +128,8 @@ def test_collapse_is_said(vit, images, lr):
 
 
 def test_what_learns_is_not_called_collapsed():
-    history = distil(encoder(), ART, epochs=12, batch=32, warmup_epochs=1, n_words=32, lr=8e-3, log=lambda line: None)
+    history = distil(encoder(), ART, epochs=12, batch=32, warmup_epochs=1, n_words=32, lr=8e-3,
+                     log=lambda line: None)
     assert history[-1]['bits'] > .5
 
 
@@ -130,24 +145,30 @@ def test_the_result_is_the_average_of_the_student():
         m.setattr('semmae.teacher.Distiller', Watched)
         distil(vit, ART, epochs=3, batch=32, warmup_epochs=1, n_words=16, momentum=.8, log=lambda line: None)
     by_hand = start.state_dict()['blocks.0.mlp.fc1.weight']
-    for momentum, student in kept: by_hand = momentum*by_hand + (1 - momentum)*student['blocks.0.mlp.fc1.weight']
+    for momentum, student in kept:
+        by_hand = momentum*by_hand + (1 - momentum)*student['blocks.0.mlp.fc1.weight']
     assert torch.allclose(vit.blocks[0].mlp.fc1.weight, by_hand, atol=1e-6)
     momenta = [m for m, _ in kept]
     assert momenta[0] == pytest.approx(.8) and momenta == sorted(momenta) and .95 < momenta[-1] < 1
     assert (by_hand - kept[-1][1]['blocks.0.mlp.fc1.weight']).abs().max() > 1e-4, 'and not the student'
 
 
-@pytest.mark.parametrize('options, same', [(dict(clip=1e-4), False), (dict(weight_decay=3.), False), (dict(small=(.9, 1.)), False), (dict(large=(.9, 1.)), False), (dict(clip=0.), True)])
+@pytest.mark.parametrize('options, same', [
+    (dict(clip=1e-4), False), (dict(weight_decay=3.), False), (dict(small=(.9, 1.)), False),
+    (dict(large=(.9, 1.)), False), (dict(clip=0.), True)])
 def test_what_is_given_is_used(options, same):
     runs = [encoder(), encoder()]
-    for vit, kw in zip(runs, ({}, options)): distil(vit, ART, **dict(epochs=1, batch=32, warmup_epochs=1, n_words=16, clip=1e9, lr=1e-2, log=lambda line: None) | kw)
+    for vit, kw in zip(runs, ({}, options)):
+        distil(vit, ART, **dict(epochs=1, batch=32, warmup_epochs=1, n_words=16, clip=1e9, lr=1e-2,
+                                log=lambda line: None) | kw)
     assert torch.equal(*(vit.blocks[0].mlp.fc1.weight for vit in runs)) == same
 
 
 def test_colours_turn_and_images_are_mirrored():
     red = torch.tensor([140., 90., 90.])[:, None, None].expand(64, 3, 4, 4)
     turned = random_colours(red, generator('turn'), strength=0, grey=0)[:, :, 0, 0]
-    assert torch.allclose(turned.mean(1), torch.full((64,), 320/3), atol=1e-2), 'a turn around the axis of greys keeps the mean'
+    assert torch.allclose(turned.mean(1), torch.full((64,), 320/3), atol=1e-2), (
+        'a turn around the axis of greys keeps the mean')
     assert torch.allclose(turned.var(1), turned.var(1)[:1].expand(64), rtol=1e-3), 'and the distance from it'
     assert all((turned.argmax(1) == k).any() for k in range(3)), 'and reaches every hue'
     slope = torch.arange(32.).expand(64, 3, 32, 32).to(torch.uint8)*8
@@ -173,7 +194,8 @@ def test_a_small_crop_is_seen_where_it_lies():
     imgs = torch.randn(2, 3, 16, 16, generator=generator('small'))
     tokens = [encode(vit, *place(imgs, (32, 32), 8, generator(k))) for k in range(8)]
     assert len({str(place(imgs, (32, 32), 8, generator(k))[1].tolist()) for k in range(8)}) > 3
-    for t in tokens: assert torch.allclose(t, tokens[0], atol=1e-5)
+    for t in tokens:
+        assert torch.allclose(t, tokens[0], atol=1e-5)
 
 
 @pytest.mark.parametrize('grid', [(3, 3), (8, 12), (16, 16)])
@@ -198,14 +220,19 @@ def test_several_processes_give_what_one_gives(tmp_path, n, options):
 def test_an_interrupted_run_goes_on_bit_by_bit(tmp_path):
     for name, stops in dict(whole=[None], parts=[1, 2, None]).items():
         (tmp_path/name).mkdir()
-        for stop in stops: teach(tmp_path/name, stop_after=stop)
+        for stop in stops:
+            teach(tmp_path/name, stop_after=stop)
     same(tmp_path/'parts', tmp_path/'whole', 0)
 
 
-@pytest.mark.parametrize('options, key', [(dict(batch=41), 'teacher.batch'), (dict(encoder=dict(class_token=False, global_pool='avg')), 'teacher.encoder')])
+@pytest.mark.parametrize('options, key', [
+    (dict(batch=41), 'teacher.batch'),
+    (dict(encoder=dict(class_token=False, global_pool='avg')), 'teacher.encoder')])
 def test_what_does_not_go_with_these_images_is_named(options, key):
     options = dict(options)
-    with pytest.raises(SemmaeError, match=key): distil(encoder(**options.pop('encoder', {})), IMAGES, **dict(epochs=3, batch=6, warmup_epochs=1) | options)
+    with pytest.raises(SemmaeError, match=key):
+        distil(encoder(**options.pop('encoder', {})), IMAGES,
+               **dict(epochs=3, batch=6, warmup_epochs=1) | options)
 
 
 def test_a_model_with_dropout_goes_on_bit_by_bit_too(tmp_path):
@@ -213,10 +240,14 @@ def test_a_model_with_dropout_goes_on_bit_by_bit_too(tmp_path):
         lines = []
         def log(line):
             lines.append(line)
-            if len(lines) == stop: raise KeyboardInterrupt
+            if len(lines) == stop:
+                raise KeyboardInterrupt
         vit = encoder(proj_drop_rate=.2, drop_path_rate=.2)
-        try: distil(vit, ART, epochs=4, batch=32, warmup_epochs=1, n_words=16, lr=1e-3, checkpoint=state, log=log)
-        except KeyboardInterrupt: torch.rand(7)  # whatever else draws in between
+        try:
+            distil(vit, ART, epochs=4, batch=32, warmup_epochs=1, n_words=16, lr=1e-3, checkpoint=state,
+                   log=log)
+        except KeyboardInterrupt:
+            torch.rand(7)  # whatever else draws in between
         return vit.blocks[0].mlp.fc1.weight
     whole = train(tmp_path/'a.pt')
     train(tmp_path/'b.pt', stop=2)

@@ -1,20 +1,22 @@
-"What a step sees is a function of (seed, step): the curriculum survives a resume and is the same on any number of processes. And: a bad loss."
+"What a step sees is a function of (seed, step), through a resume and on any number of processes."
 import pytest
 import torch
 
 from semmae.core import SemmaeError, generator, patchify
-from semmae.data import unnormalize
+from semmae.images import unnormalize
 from semmae.mae import MAE
 from semmae.masking import STRATEGIES, strategy
 from semmae.pretrain import Batches, pretrain
 from semmae.vit import make_encoder
 
 IMAGES = torch.randint(0, 256, (40, 3, 32, 48), dtype=torch.uint8, generator=generator('images'))
-GUIDES = {'parts': torch.randint(0, 5, (40, 9, 7), dtype=torch.uint8, generator=generator('maps')), 'scores': torch.rand(40, 9, 7, generator=generator('scores')), None: None}
+GUIDES = {'parts': torch.randint(0, 5, (40, 9, 7), dtype=torch.uint8, generator=generator('maps')),
+          'scores': torch.rand(40, 9, 7, generator=generator('scores')), None: None}
 
 
 def batches(name, **kw):
-    return Batches(IMAGES, (4, 6), GUIDES[STRATEGIES[name].looks_at], dict(name=name, ratio=.75), epochs=4, batch=10, **kw)
+    return Batches(IMAGES, (4, 6), GUIDES[STRATEGIES[name].looks_at], dict(name=name, ratio=.75),
+                   epochs=4, batch=10, **kw)
 
 
 @pytest.mark.parametrize('name', STRATEGIES)
@@ -22,7 +24,8 @@ def test_a_resumed_run_sees_what_the_uninterrupted_one_saw(name):
     through = batches(name)
     seen = [through[step] for step in range(through.steps)]
     for step in (0, 7, 15):
-        for a, b in zip(batches(name)[step], seen[step]): assert torch.equal(a, b)
+        for a, b in zip(batches(name)[step], seen[step]):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize('name', STRATEGIES)
@@ -46,17 +49,22 @@ def test_progress_is_the_step_counter():
             return STRATEGIES['random'](x, ratio, gen)
         run = batches('spy')
         seen.clear()
-        for step in (0, 4, 8, 15): run[step]
+        for step in (0, 4, 8, 15):
+            run[step]
         assert seen == [0, .25, .5, 15/16]
-    finally: STRATEGIES.pop('spy', None)
+    finally:
+        STRATEGIES.pop('spy', None)
 
 
 @pytest.mark.parametrize('looks_at', ['parts', 'scores'])
 def test_maps_follow_their_images(looks_at):
-    "Images painted from maps of another grid: through every crop and flip a patch keeps the label, or the score, of the colour it shows"
-    labels = torch.nn.functional.interpolate(torch.rand(40, 3, 3, 4, generator=generator('painted')), (8, 12), mode='bicubic').argmax(1)
-    scores = torch.nn.functional.interpolate(torch.rand(40, 1, 3, 4, generator=generator('painted')), (8, 12), mode='bilinear')[:, 0]
-    maps = torch.nn.functional.one_hot(labels, 3).movedim(-1, 1).float() if looks_at == 'parts' else scores[:, None].expand(-1, 3, -1, -1)
+    "Through every crop and flip a patch keeps the label, or the score, of the colour that it shows"
+    labels = torch.nn.functional.interpolate(torch.rand(40, 3, 3, 4, generator=generator('painted')),
+                                             (8, 12), mode='bicubic').argmax(1)
+    scores = torch.nn.functional.interpolate(torch.rand(40, 1, 3, 4, generator=generator('painted')),
+                                             (8, 12), mode='bilinear')[:, 0]
+    maps = (torch.nn.functional.one_hot(labels, 3).movedim(-1, 1).float() if looks_at == 'parts'
+            else scores[:, None].expand(-1, 3, -1, -1))
     images = (maps.repeat_interleave(4, 2).repeat_interleave(4, 3)*255).to(torch.uint8)
     seen = []
     try:
@@ -64,14 +72,17 @@ def test_maps_follow_their_images(looks_at):
         def spy(x, ratio, gen, progress=0.):
             seen.append(x)
             return STRATEGIES['random'](x, ratio, gen)
-        painted = Batches(images, (4, 6), labels.byte() if looks_at == 'parts' else scores, dict(name='spy', ratio=.5), epochs=2, batch=40)
+        painted = Batches(images, (4, 6), labels.byte() if looks_at == 'parts' else scores,
+                          dict(name='spy', ratio=.5), epochs=2, batch=40)
         for step in (0, 1):
             colour = patchify(unnormalize(painted[step][0]).float()/255, 8).unflatten(2, (64, 3)).mean(2)
             if looks_at == 'parts':
                 first, second = colour.topk(2).values.unbind(2)
                 assert (seen[-1].flatten(1) == colour.argmax(2))[first - second > .1].all()
-            else: assert (seen[-1].flatten(1) - colour.mean(2)).abs().mean() < .02
-    finally: STRATEGIES.pop('spy', None)
+            else:
+                assert (seen[-1].flatten(1) - colour.mean(2)).abs().mean() < .02
+    finally:
+        STRATEGIES.pop('spy', None)
 
 
 def test_labels_with_gaps_keep_their_names():
@@ -80,18 +91,24 @@ def test_labels_with_gaps_keep_their_names():
     maps = torch.randint(0, 3, (40, 9, 7), generator=generator('maps'))
     for name, options in (('intra', {}), ('inter', {})):
         for bg in ({}, dict(background=2)):
-            of = lambda m, **kw: Batches(IMAGES, (4, 6), m, dict(name=name, ratio=.75, **kw), epochs=1, batch=10)
+            of = lambda m, **kw: Batches(IMAGES, (4, 6), m, dict(name=name, ratio=.75, **kw),
+                                         epochs=1, batch=10)
             dense, gaps = of(maps, **bg), of(names[maps], **({k: int(names[v]) for k, v in bg.items()}))
             assert gaps.values.tolist() == [0, 7, 255] and torch.equal(dense.guide, gaps.guide)
-            for step in range(4): assert gaps[step][2].shape == dense[step][2].shape
-            if name == 'intra': assert torch.equal(dense[0][2], gaps[0][2])
+            for step in range(4):
+                assert gaps[step][2].shape == dense[step][2].shape
+            if name == 'intra':
+                assert torch.equal(dense[0][2], gaps[0][2])
 
 
 def test_seeds_and_steps_differ():
-    assert not torch.equal(batches('blend')[0][2], batches('blend', seed=1)[0][2]) and not torch.equal(batches('blend')[0][2], batches('blend')[1][2])
+    assert (not torch.equal(batches('blend')[0][2], batches('blend', seed=1)[0][2])
+            and not torch.equal(batches('blend')[0][2], batches('blend')[1][2]))
 
 
-def small(cls=MAE): return cls(make_encoder(image=(32, 48), patch_size=8, embed_dim=32, depth=1, num_heads=2), width=32, depth=1, heads=2)
+def small(cls=MAE):
+    return cls(make_encoder(image=(32, 48), patch_size=8, embed_dim=32, depth=1, num_heads=2),
+               width=32, depth=1, heads=2)
 
 
 @pytest.mark.parametrize('bad', [float('nan'), float('inf')])
@@ -104,7 +121,9 @@ def test_a_bad_loss_names_its_step_and_keeps_the_last_good_checkpoint(tmp_path, 
             return loss*(bad if self.steps == 10 else 1.), pred
     mae, good = small(Breaks), []
     log = lambda line: good.append({k: v.clone() for k, v in mae.state_dict().items()})
-    with pytest.raises(SemmaeError, match=fr'the loss became {bad} at step 10 \(epoch 3\): lower `pretrain.lr`; {tmp_path}/state.pt holds the state after epoch 2'):
+    with pytest.raises(SemmaeError, match=fr'the loss became {bad} at step 10 \(epoch 3\): '
+                                          fr'lower `pretrain.lr`; {tmp_path}/state.pt holds '
+                                          fr'the state after epoch 2'):
         pretrain(mae, IMAGES, epochs=4, batch=10, warmup_epochs=1, checkpoint=tmp_path/'state.pt', log=log)
     kept = torch.load(tmp_path/'state.pt')['mae']
     assert len(good) == 2 and all(torch.equal(good[-1][k], kept[k]) for k in kept)
@@ -116,23 +135,30 @@ def test_weights_that_broke_in_the_last_step_of_an_epoch_are_not_kept(tmp_path):
         def forward(self, *args):
             self.steps += 1
             loss, pred = super().forward(*args)
-            if self.steps == 8: loss.register_hook(lambda g: g*float('nan'))  # a good loss with a bad gradient
+            if self.steps == 8:
+                loss.register_hook(lambda g: g*float('nan'))  # a good loss with a bad gradient
             return loss, pred
-    with pytest.raises(SemmaeError, match=r'the weights are no longer numbers after step 8 \(epoch 2\).*state.pt holds the state after epoch 1'):
-        pretrain(small(Breaks), IMAGES, epochs=4, batch=10, warmup_epochs=1, checkpoint=tmp_path/'state.pt', log=lambda line: None)
+    with pytest.raises(SemmaeError, match=r'the weights are no longer numbers after step 8 \(epoch 2\).*'
+                                          r'state.pt holds the state after epoch 1'):
+        pretrain(small(Breaks), IMAGES, epochs=4, batch=10, warmup_epochs=1,
+                 checkpoint=tmp_path/'state.pt', log=lambda line: None)
     assert all(v.isfinite().all() for v in torch.load(tmp_path/'state.pt')['mae'].values())
 
 
-@pytest.mark.parametrize('wrong', [dict(batch=9), dict(accumulate=3), dict(optimizer='nope'), dict(optimizer=dict(opt='adamw', foo=1)),
-                                   dict(compile='foo'), dict(compile='reduce-overhead', accumulate=2)], ids=str)
+@pytest.mark.parametrize('wrong', [
+    dict(batch=9), dict(accumulate=3), dict(optimizer='nope'), dict(optimizer=dict(opt='adamw', foo=1)),
+    dict(compile='foo'), dict(compile='reduce-overhead', accumulate=2)], ids=str)
 def test_what_does_not_go_with_these_images_or_this_machine_is_named(wrong):
-    mae = MAE(make_encoder(image=(16, 16), patch_size=8, embed_dim=32, depth=1, num_heads=2), width=32, depth=1, heads=2)
+    mae = MAE(make_encoder(image=(16, 16), patch_size=8, embed_dim=32, depth=1, num_heads=2),
+              width=32, depth=1, heads=2)
     with pytest.raises(SemmaeError, match=f'pretrain.{next(iter(wrong))}'):
-        pretrain(mae, torch.zeros(8, 3, 16, 16, dtype=torch.uint8), **dict(epochs=1, batch=2, warmup_epochs=0) | wrong)
+        pretrain(mae, torch.zeros(8, 3, 16, 16, dtype=torch.uint8),
+                 **dict(epochs=1, batch=2, warmup_epochs=0) | wrong)
 
 
 def test_a_batch_smaller_than_the_processes_is_named(monkeypatch):
     monkeypatch.setattr('semmae.train.world', lambda: (0, 4))
-    mae = MAE(make_encoder(image=(16, 16), patch_size=8, embed_dim=32, depth=1, num_heads=2), width=32, depth=1, heads=2)
+    mae = MAE(make_encoder(image=(16, 16), patch_size=8, embed_dim=32, depth=1, num_heads=2),
+              width=32, depth=1, heads=2)
     with pytest.raises(SemmaeError, match='pretrain.batch'):
         pretrain(mae, torch.zeros(8, 3, 16, 16, dtype=torch.uint8), epochs=1, batch=3, warmup_epochs=0)

@@ -5,11 +5,13 @@ import torch
 from safetensors.torch import save_file
 
 from semmae.core import SemmaeError, generator
-from semmae.data import normalize
+from semmae.images import normalize
 from semmae.vit import load_encoder, look, look_at, make_encoder, open_encoder, save_encoder
 
 IMAGES = torch.randint(0, 256, (3, 3, 48, 32), dtype=torch.uint8, generator=generator('images'))
-KINDS = [dict(), dict(reg_tokens=3), dict(class_token=False, global_pool='avg'), dict(class_token=False, global_pool='avg', reg_tokens=2), dict(no_embed_class=True), dict(qk_norm=True)]
+KINDS = [dict(), dict(reg_tokens=3), dict(class_token=False, global_pool='avg'),
+         dict(class_token=False, global_pool='avg', reg_tokens=2), dict(no_embed_class=True),
+         dict(qk_norm=True)]
 
 
 def fresh(**kw):
@@ -25,29 +27,35 @@ def float32(monkeypatch):
 @pytest.mark.parametrize('block', [1, 2, 3])
 def test_tokens_are_those_that_timm_gives(kw, block):
     vit = fresh(**kw)
-    peer = vit.forward_intermediates(normalize(IMAGES.float()), indices=[block - 1], return_prefix_tokens=True, norm=True, output_fmt='NLC', intermediates_only=True)[0]
+    peer = vit.forward_intermediates(normalize(IMAGES.float()), indices=[block - 1],
+                                     return_prefix_tokens=True, norm=True, output_fmt='NLC',
+                                     intermediates_only=True)[0]
     patches, prefix = peer if isinstance(peer, tuple) else (peer, None)
     seen = look(vit, IMAGES, block)
     assert torch.allclose(seen.patches, vit.fc_norm(patches).view(3, 6, 4, 48), atol=1e-5)
-    assert torch.allclose(seen.whole, prefix[:, 0] if vit.has_class_token else vit.fc_norm(patches).mean(1), atol=1e-5)
+    assert torch.allclose(seen.whole, prefix[:, 0] if vit.has_class_token else vit.fc_norm(patches).mean(1),
+                          atol=1e-5)
 
 
 @pytest.mark.parametrize('kw', KINDS, ids=str)
 def test_attention_is_what_the_block_multiplies_its_values_with(kw):
     "timm drops out of the attention's weights by name: there they can be seen"
     vit, kept = fresh(**kw), []
-    for b in vit.blocks: b.attn.fused_attn = False
+    for b in vit.blocks:
+        b.attn.fused_attn = False
     vit.blocks[1].attn.attn_drop.register_forward_hook(lambda m, i, o: kept.append(o))
     vit(normalize(IMAGES.float()))
     rows = kept[0][:, :, 0] if vit.has_class_token else kept[0][:, :, vit.num_prefix_tokens:].mean(2)
-    assert torch.allclose(look(vit, IMAGES, block=2).attention, rows[..., vit.num_prefix_tokens:].view(3, 3, 6, 4), atol=1e-6)
+    assert torch.allclose(look(vit, IMAGES, block=2).attention,
+                          rows[..., vit.num_prefix_tokens:].view(3, 3, 6, 4), atol=1e-6)
 
 
 def test_an_encoder_of_timms_opens_by_name_and_file_at_any_size(tmp_path):
     vit = timm.create_model('vit_tiny_patch16_224', num_classes=0, img_size=64)
     save_file(vit.state_dict(), tmp_path/'w.safetensors')
     same = open_encoder('vit_tiny_patch16_224', tmp_path/'w.safetensors', image=(64, 64))
-    assert all(torch.equal(a, b) for a, b in zip(vit.state_dict().values(), same.state_dict().values(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(vit.state_dict().values(), same.state_dict().values(),
+                                                 strict=True))
     wide = open_encoder('vit_tiny_patch16_224', tmp_path/'w.safetensors', image=(64, 128))
     assert look(wide, IMAGES).patches.shape == (3, 4, 8, 192)
     assert torch.equal(wide.blocks[0].attn.qkv.weight, vit.blocks[0].attn.qkv.weight)
@@ -55,43 +63,56 @@ def test_an_encoder_of_timms_opens_by_name_and_file_at_any_size(tmp_path):
     assert same.stats[0] == [.5, .5, .5], 'the colours that this model was made for'
     save_encoder(wide, tmp_path/'again.safetensors')
     again = load_encoder(tmp_path/'again.safetensors').eval()
-    assert torch.equal(look(again, IMAGES).patches, look(wide, IMAGES).patches), 'colours and size are kept in the file'
+    assert torch.equal(look(again, IMAGES).patches, look(wide, IMAGES).patches), (
+        'colours and size are kept in the file')
 
 
 def test_our_own_opens_at_another_size(tmp_path):
     save_encoder(fresh(), tmp_path/'e.safetensors')
-    assert torch.equal(look(open_encoder(weights=tmp_path/'e.safetensors'), IMAGES).patches, look(load_encoder(tmp_path/'e.safetensors').eval(), IMAGES).patches)
-    assert look(open_encoder(weights=tmp_path/'e.safetensors', image=(96, 64)), IMAGES).patches.shape == (3, 12, 8, 48)
+    assert torch.equal(look(open_encoder(weights=tmp_path/'e.safetensors'), IMAGES).patches,
+                       look(load_encoder(tmp_path/'e.safetensors').eval(), IMAGES).patches)
+    assert look(open_encoder(weights=tmp_path/'e.safetensors', image=(96, 64)),
+                IMAGES).patches.shape == (3, 12, 8, 48)
 
 
 @pytest.mark.parametrize('kw, says', [
     (dict(), 'no encoder is named'),
     (dict(name='vit_tinny', weights='e.safetensors'), "timm has no model 'vit_tinny'"),
-    (dict(name='vit_small_patch16_224', weights='e.safetensors'), 'e.safetensors does not fit vit_small_patch16_224, it holds a vit_tiny_patch16_224: set `teacher.name`'),
+    (dict(name='vit_small_patch16_224', weights='e.safetensors'),
+     'e.safetensors does not fit vit_small_patch16_224, it holds a vit_tiny_patch16_224: set `teacher.name`'),
     (dict(name='vit_small_patch16_224', weights='none.pth'), 'there is no .*none.pth'),
     (dict(weights='e.safetensors', image=(50, 50)), 'images of 50×50 cannot be cut into patches of 8'),
     (dict(weights='e.safetensors', image=(4, 4)), 'images of 4×4 cannot be cut'),
-    (dict(weights='plain.safetensors'), 'plain.safetensors does not say which model it holds: set `teacher.name`'),
-    (dict(weights='plain.safetensors', name='vit_tiny_patch16_224'), 'plain.safetensors holds a model of patches of 8 and vit_tiny_patch16_224 has patches of 16: set `teacher.name`'),
-    (dict(name='vit_tiny_patch16_224', weights='other.safetensors'), 'other.safetensors does not fit vit_tiny_patch16_224 .*set `teacher.name`'),
+    (dict(weights='plain.safetensors'),
+     'plain.safetensors does not say which model it holds: set `teacher.name`'),
+    (dict(weights='plain.safetensors', name='vit_tiny_patch16_224'),
+     'plain.safetensors holds a model of patches of 8 and vit_tiny_patch16_224 has patches of 16: '
+     'set `teacher.name`'),
+    (dict(name='vit_tiny_patch16_224', weights='other.safetensors'),
+     'other.safetensors does not fit vit_tiny_patch16_224 .*set `teacher.name`'),
     (dict(name='resnet18'), 'resnet18 is no plain VisionTransformer: set `teacher.name`')])
 def test_a_mistake_is_one_sentence(tmp_path, kw, says):
     save_encoder(fresh(), tmp_path/'e.safetensors')
     save_file(fresh().state_dict(), tmp_path/'plain.safetensors')
     save_file({'weight': torch.zeros(3)}, tmp_path/'other.safetensors')
-    if 'weights' in kw: kw = kw | dict(weights=tmp_path/kw['weights'])
-    with pytest.raises(SemmaeError, match=says): open_encoder(**kw)
+    if 'weights' in kw:
+        kw = kw | dict(weights=tmp_path/kw['weights'])
+    with pytest.raises(SemmaeError, match=says):
+        open_encoder(**kw)
 
 
-@pytest.mark.parametrize('name', ['vit_base_patch16_rpn_224', 'vit_small_patch16_18x2_224', 'vit_dwee_patch16_reg1_gap_256'])
+@pytest.mark.parametrize('name', ['vit_base_patch16_rpn_224', 'vit_small_patch16_18x2_224',
+                                  'vit_dwee_patch16_reg1_gap_256'])
 def test_attention_of_another_kind_is_refused(name):
     "Rather than read as what it is not"
     vit = make_encoder(name, image=(32, 32), depth=1)
-    with pytest.raises(SemmaeError, match='cannot be read: choose another `teacher.name`'): look(vit, IMAGES)
+    with pytest.raises(SemmaeError, match='cannot be read: choose another `teacher.name`'):
+        look(vit, IMAGES)
 
 
 def test_another_number_of_channels_is_one_sentence():
-    with pytest.raises(SemmaeError, match='images of 1 channels and these have 3: set `data.channels`'): look(fresh(channels=1), IMAGES)
+    with pytest.raises(SemmaeError, match='images of 1 channels and these have 3: set `data.channels`'):
+        look(fresh(channels=1), IMAGES)
 
 
 def test_several_blocks_in_one_pass():
@@ -101,10 +122,14 @@ def test_several_blocks_in_one_pass():
 
 
 def test_no_network_is_one_sentence(monkeypatch):
-    def offline(*a, **kw): raise OSError('Name or service not known')
+    def offline(*a, **kw):
+        raise OSError('Name or service not known')
     monkeypatch.setattr('timm.create_model', offline)
-    with pytest.raises(SemmaeError, match='timm cannot download weights for vit_tiny_patch16_224 .Name or service not known.: go online'): open_encoder('vit_tiny_patch16_224')
+    with pytest.raises(SemmaeError, match='timm cannot download weights for vit_tiny_patch16_224 '
+                                          '.Name or service not known.: go online'):
+        open_encoder('vit_tiny_patch16_224')
 
 
 def test_a_block_that_is_not_there():
-    with pytest.raises(SemmaeError, match='has 3 blocks: choose'): look(fresh(), IMAGES, 4)
+    with pytest.raises(SemmaeError, match='has 3 blocks: choose'):
+        look(fresh(), IMAGES, 4)

@@ -1,4 +1,4 @@
-"A small pretraining that tests run, kill and run again: python worker.py FOLDER '{\"epochs\": 3}', alone or under torchrun."
+"A small pretraining that tests run, kill and run again: python worker.py FOLDER '{\"epochs\": 3}'."
 import json
 import os
 import resource
@@ -11,36 +11,44 @@ import torch
 from PIL import Image
 
 from semmae.core import SemmaeError, generator, write_json
-from semmae.data import Source, Stream
 from semmae.mae import MAE
+from semmae.sources import Source, Stream
 from semmae import finetune as tuning, pretrain as pretraining, teacher
 from semmae.teacher import distil
 from semmae.pretrain import pretrain
+from semmae.segment import segment
 from semmae.train import join, world
 from semmae.vit import make_encoder
 
 IMAGES = torch.randint(0, 256, (70, 3, 32, 32), dtype=torch.uint8, generator=generator('images'))
-STREAM = Stream(Source([f'{i}' for i in range(70)], ['train']*70, lambda i: Image.fromarray(IMAGES[i].permute(1, 2, 0).numpy()), []), range(70), (32, 32))
+STREAM = Stream(Source([f'{i}' for i in range(70)], ['train']*70,
+                       lambda i: Image.fromarray(IMAGES[i].permute(1, 2, 0).numpy()), []),
+                range(70), (32, 32))
 MAPS = torch.randint(0, 5, (70, 9, 7), dtype=torch.uint8, generator=generator('maps'))
 
 
-class Stop(Exception): "The run ends here, as if it had been killed"
+class Stop(Exception):
+    "The run ends here, as if it had been killed"
 
 
 def setting(folder, stop_after, float32):
     "A process of its own kind, alone or among others: where its state goes, and a log that ends it"
-    if float32: pretraining.autocast = tuning.autocast = teacher.autocast = lambda device: nullcontext()  # bfloat16 would hide the order of sums in its rounding
+    if float32:
+        # bfloat16 would hide the order of sums in its rounding
+        pretraining.autocast = tuning.autocast = teacher.autocast = lambda device: nullcontext()
     torch.set_num_threads(1)
     join(torch.device('cpu'))
     lines = []
     def log(line):
         lines.append(line)
-        if len(lines) == stop_after: raise Stop
+        if len(lines) == stop_after:
+            raise Stop
     return dict(log=log, checkpoint=folder/('state.pt' if world()[0] == 0 else 'another machine/state.pt'))
 
 
 def keep(folder, model, history):
-    if world()[0] > 0: return
+    if world()[0] > 0:
+        return
     torch.save(model.state_dict(), folder/'weights.pt')
     write_json(folder/'history.json', history)
 
@@ -49,10 +57,13 @@ def work(folder, stop_after=None, float32=False, stream=False, heads=2, image=(3
     "Train from whatever is in the folder; weights and losses go into it"
     folder = Path(folder)
     here = setting(folder, stop_after, float32)
-    mae = MAE(make_encoder(image=image, patch_size=8, embed_dim=32, depth=1, num_heads=heads), **dict(width=32, depth=1, heads=2) | model)
+    mae = MAE(make_encoder(image=image, patch_size=8, embed_dim=32, depth=1, num_heads=heads),
+              **dict(width=32, depth=1, heads=2) | model)
     settings = dict(masking=dict(name='blend', ratio=.75), epochs=4, batch=16, lr=1e-2, warmup_epochs=1)
-    try: keep(folder, mae, pretrain(mae, STREAM if stream else IMAGES, MAPS, **here | settings | options))
-    except Stop: pass
+    try:
+        keep(folder, mae, pretrain(mae, STREAM if stream else IMAGES, MAPS, **here | settings | options))
+    except Stop:
+        pass
 
 
 def teach(folder, stop_after=None, float32=False, **options):
@@ -60,8 +71,11 @@ def teach(folder, stop_after=None, float32=False, **options):
     folder = Path(folder)
     here = setting(folder, stop_after, float32)
     encoder = make_encoder(image=(24, 24), patch_size=8, embed_dim=32, depth=1, num_heads=2)
-    try: keep(folder, encoder, distil(encoder, IMAGES, **here | dict(epochs=4, batch=16, lr=2e-3, warmup_epochs=4, n_words=16, n_small=1) | options)[1:])
-    except Stop: pass
+    try:
+        keep(folder, encoder, distil(encoder, IMAGES, **here | dict(
+            epochs=4, batch=16, lr=2e-3, warmup_epochs=4, n_words=16, n_small=1) | options)[1:])
+    except Stop:
+        pass
 
 
 def tune(folder, stop_after=None, float32=False):
@@ -69,26 +83,33 @@ def tune(folder, stop_after=None, float32=False):
     folder = Path(folder)
     here = setting(folder, stop_after, float32)
     encoder = make_encoder(image=(32, 32), patch_size=8, embed_dim=32, depth=2, num_heads=2)
-    keep(folder, *tuning.segment(encoder, IMAGES, MAPS, epochs=3, batch=16, lr=1e-2, warmup_epochs=1, drop_path=0, **here))
+    options = dict(epochs=3, batch=16, lr=1e-2, warmup_epochs=1, drop_path=0)
+    keep(folder, *segment(encoder, IMAGES, MAPS, **options, **here))
 
 
 def cramped(folder, size):
     "The same where no file may be larger than `size` bytes"
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-    try: work(folder)
-    except SemmaeError as e: (Path(folder)/'error').write_text(str(e))
+    try:
+        work(folder)
+    except SemmaeError as e:
+        (Path(folder)/'error').write_text(str(e))
 
 
 def starved(folder, room):
     "The same where no more than `room` bytes can be had, with a batch that wants more"
     used = int(Path('/proc/self/statm').read_text().split()[0])*resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + room, used + room))
-    mae = MAE(make_encoder(image=(32, 32), patch_size=2, embed_dim=32, depth=4, num_heads=2), width=512, depth=2, heads=2)
-    try: pretrain(mae, IMAGES, epochs=1, batch=70, warmup_epochs=0)
-    except SemmaeError as e: (Path(folder)/'error').write_text(str(e))
+    mae = MAE(make_encoder(image=(32, 32), patch_size=2, embed_dim=32, depth=4, num_heads=2),
+              width=512, depth=2, heads=2)
+    try:
+        pretrain(mae, IMAGES, epochs=1, batch=70, warmup_epochs=0)
+    except SemmaeError as e:
+        (Path(folder)/'error').write_text(str(e))
 
 
-def killed(): os.kill(os.getpid(), signal.SIGKILL)
+def killed():
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == '__main__':

@@ -17,14 +17,15 @@ import timm, torch
 from PIL import Image
 from torch.nn import functional as F
 
+from .speed import make_ours, open_facebook, open_hugging, write_folder
 from ..core import best_device, check, device_name, generator, read_json, write_json
-from ..data import FIT, Source, load_images, normalize, read_all
+from ..images import FIT, normalize
 from ..learn import learn_parts
 from ..masking import n_hidden, random
 from ..pretrain import Batches, Learner, pretrain
-from .speed import make_ours, open_facebook, open_hugging, write_folder
+from ..sources import Source, load_images, read_all
 from ..teacher import distil
-from ..vit import prepare
+from ..train import prepare
 
 # %% ../../nbs/bench/gpu.ipynb #0c4b8f31
 def block_flops(n, width, seen=None): # tokens; how many they look at, None: themselves
@@ -35,24 +36,29 @@ def block_flops(n, width, seen=None): # tokens; how many they look at, None: the
 def step_flops(mae, ratio=.75):
     "Useful flops of a training step, an image"
     encoder, decoder, L = mae.encoder, mae.decoder, math.prod(mae.grid)
-    hidden, width, w, pixels = n_hidden(L, ratio), encoder.embed_dim, decoder.embed.out_features, decoder.head.out_features
+    hidden, width, w, pixels = (n_hidden(L, ratio), encoder.embed_dim, decoder.embed.out_features,
+                                decoder.head.out_features)
     seen, some = encoder.num_prefix_tokens + L - hidden, max(1, round(mae.share*hidden))
     deep = block_flops(some, w, seen) if decoder.kind == 'cross' else block_flops(seen + hidden, w)
-    rest = len(encoder.blocks)*block_flops(seen, width) + 2*seen*width*w + len(decoder.blocks)*deep + 2*some*w*pixels
+    rest = (len(encoder.blocks)*block_flops(seen, width) + 2*seen*width*w
+            + len(decoder.blocks)*deep + 2*some*w*pixels)
     return 2*(2*(L - hidden)*width*pixels) + 3*rest
 
 # %% ../../nbs/bench/gpu.ipynb #4f7eab49
 def shape(width, depth, heads, patch=16, image=224, decoder=(512, 8, 16)):
     "A model as the benchmark describes it"
-    return dict(image=image, patch=patch, width=width, depth=depth, heads=heads, **dict(zip(('decoder_width', 'decoder_depth', 'decoder_heads'), decoder)))
+    return dict(image=image, patch=patch, width=width, depth=depth, heads=heads,
+                **dict(zip(('decoder_width', 'decoder_depth', 'decoder_heads'), decoder)))
 
 BASE = shape(768, 12, 12)
-MODELS = {'ViT-B/16': BASE, 'ViT-S/16': shape(384, 12, 6), 'ViT-L/16': shape(1024, 24, 16), 'ViT-B/8': BASE | dict(patch=8), 'ViT-Ti/4': shape(192, 12, 3, 4, 32, (128, 2, 4))}
+MODELS = {'ViT-B/16': BASE, 'ViT-S/16': shape(384, 12, 6), 'ViT-L/16': shape(1024, 24, 16),
+          'ViT-B/8': BASE | dict(patch=8), 'ViT-Ti/4': shape(192, 12, 3, 4, 32, (128, 2, 4))}
 
 # %% ../../nbs/bench/gpu.ipynb #2aa50c82
 def wait(device):
     "Until the device has done what it was told"
-    if device.type == 'cuda': torch.cuda.synchronize()
+    if device.type == 'cuda':
+        torch.cuda.synchronize()
 
 def timed(run, n, device):
     "Run `n` steps: seconds of each, and how many cores this process kept busy meanwhile"
@@ -67,7 +73,8 @@ def matrix_rate(device, side=8192, n=20, rounds=5):
     "Flops a second of matrix products in bfloat16, the median of several rounds"
     a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     def run(n):
-        for _ in range(n): a @ b
+        for _ in range(n):
+            a @ b
     run(n)
     seconds = sorted(timed(run, n, device)[0] for _ in range(rounds))
     return 2*side**3/seconds[rounds//2]
@@ -75,12 +82,15 @@ def matrix_rate(device, side=8192, n=20, rounds=5):
 # %% ../../nbs/bench/gpu.ipynb #71c9a3d4
 def waits(run, device):
     "How often a step makes the host wait; None where there is no GPU"
-    if device.type != 'cuda': return None
+    if device.type != 'cuda':
+        return None
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter('always')
         torch.cuda.set_sync_debug_mode('warn')
-        try: run(1)
-        finally: torch.cuda.set_sync_debug_mode('default')
+        try:
+            run(1)
+        finally:
+            torch.cuda.set_sync_debug_mode('default')
     return sum('called a synchronizing CUDA operation' in str(w.message) for w in said)
 
 def take_turns(contenders, device, rounds, n): # name -> a function that opens it
@@ -92,24 +102,32 @@ def take_turns(contenders, device, rounds, n): # name -> a function that opens i
             rows[name] |= dict(first=timed(run, 1, device)[0], waits=waits(run, device), seconds=[], cores=[])
             run(n)
             runs[name] = run
-        except Exception as e: rows[name]['error'] = f'{type(e).__name__}: {str(e)[:200]}'  # whatever it is, the others go on
+        except Exception as e:  # whatever it is, the others go on
+            rows[name]['error'] = f'{type(e).__name__}: {str(e)[:200]}'
     for k in range(rounds):
         for name in list(runs)[::1 if k % 2 else -1]:
-            for what, x in zip(('seconds', 'cores'), timed(runs[name], n, device)): rows[name][what].append(x)
+            for what, x in zip(('seconds', 'cores'), timed(runs[name], n, device)):
+                rows[name][what].append(x)
     return list(rows.values())
 
 # %% ../../nbs/bench/gpu.ipynb #86f3bba7
 class Fixed:
     "What every step sees: the same images, other masks"
-    def __init__(self, imgs, grid): self.imgs, self.batch, self.map = imgs, len(imgs), torch.zeros(len(imgs), *grid, device=imgs.device)
-    def at(self, step, share=0, shares=1): return self.imgs, *random(self.map, .75, generator('masks', step, device=self.imgs.device))
-    def __getitem__(self, step): return self.at(step)
+    def __init__(self, imgs, grid):
+        self.imgs, self.batch, self.map = imgs, len(imgs), torch.zeros(len(imgs), *grid, device=imgs.device)
+
+    def at(self, step, share=0, shares=1):
+        return self.imgs, *random(self.map, .75, generator('masks', step, device=self.imgs.device))
+
+    def __getitem__(self, step):
+        return self.at(step)
 
 def in_steps(learn): # from the number of a step
     "A function that takes so many steps, going on where it was"
     steps = itertools.count()
     def run(n):
-        for step in itertools.islice(steps, n): learn(step)
+        for step in itertools.islice(steps, n):
+            learn(step)
     return run
 
 def trainer(model, device, mode=None, **kw): # of torch.compile; None: not compiled
@@ -129,20 +147,25 @@ def facebook_trainer(model, imgs, checkout):
     return lambda n: train([(imgs, None)]*n, 0)
 
 def measure_model(device, model, batch, modes, rounds, n, attentions=('sdpa',), across=(), checkout=None):
-    "A model: transformers with some attentions, the checkout, ours in some modes, and in some with a decoder that looks across and predicts a quarter"
-    imgs, grid = torch.randn(batch, 3, model['image'], model['image'], device=device), (model['image']//model['patch'],)*2
+    "Measure a model: transformers, the checkout, ours in several modes and with a decoder that looks across"
+    imgs, grid = (torch.randn(batch, 3, model['image'], model['image'], device=device),
+                  (model['image']//model['patch'],)*2)
     fixed = lambda mode, **kw: trainer(model, device, mode, **kw)(Fixed(imgs, grid))
     cross = dict(kind='cross', share=.25)
     contenders = {f'transformers, {a}': partial(hugging_trainer, model, imgs, a) for a in attentions}
-    if checkout: contenders['facebookresearch/mae'] = partial(facebook_trainer, model, imgs, checkout)
-    contenders |= {f'semmae, {mode}': partial(fixed, mode) for mode in modes} | {f'semmae, {mode}, cross': partial(fixed, mode, **cross) for mode in across}
+    if checkout:
+        contenders['facebookresearch/mae'] = partial(facebook_trainer, model, imgs, checkout)
+    contenders |= ({f'semmae, {mode}': partial(fixed, mode) for mode in modes}
+                   | {f'semmae, {mode}, cross': partial(fixed, mode, **cross) for mode in across})
     flops = {False: step_flops(make_ours(model)), True: step_flops(make_ours(model, **cross))}
-    return [dict(r, batch=batch, flops=flops['cross' in r['contender']]) for r in take_turns(contenders, device, rounds, n)]
+    return [dict(r, batch=batch, flops=flops['cross' in r['contender']])
+            for r in take_turns(contenders, device, rounds, n)]
 
 # %% ../../nbs/bench/gpu.ipynb #6358875c
 def measure_profile(device, model, batch, mode, n, top=15):
     "The kernels of a step that take longest: rows of their names, shares of the time, and calls a step"
-    imgs, grid = torch.randn(batch, 3, model['image'], model['image'], device=device), (model['image']//model['patch'],)*2
+    imgs, grid = (torch.randn(batch, 3, model['image'], model['image'], device=device),
+                  (model['image']//model['patch'],)*2)
     train = trainer(model, device, mode)(Fixed(imgs, grid))
     train(n)
     kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
@@ -151,25 +174,29 @@ def measure_profile(device, model, batch, mode, n, top=15):
         wait(device)
     own = lambda e: e.self_device_time_total if device.type == 'cuda' else e.self_cpu_time_total
     events = sorted(seen.key_averages(), key=own, reverse=True)
-    return [dict(kernel=e.key[:100], share=own(e)/sum(map(own, events)), calls=e.count/n) for e in events[:top]]
+    return [dict(kernel=e.key[:100], share=own(e)/sum(map(own, events)), calls=e.count/n)
+            for e in events[:top]]
 
 # %% ../../nbs/bench/gpu.ipynb #fab81fd6
 def pictures(n, size, seed=0):
     "Images (n,3,size,size) as bytes, and maps of six parts (n,16,16)"
     gen, images = generator(seed, 'pictures'), torch.empty(n, 3, size, size, dtype=torch.uint8)
     for some in images.split(256):
-        coarse, noise = torch.rand(len(some), 3, 4, 4, generator=gen), torch.randn(len(some), 1, size, size, generator=gen)
+        coarse, noise = (torch.rand(len(some), 3, 4, 4, generator=gen),
+                         torch.randn(len(some), 1, size, size, generator=gen))
         some[:] = (255*F.interpolate(coarse, (size, size), mode='bicubic') + 12*noise).round().clamp(0, 255)
-    return images, torch.randint(6, (n, 4, 4), generator=gen, dtype=torch.uint8).repeat_interleave(4, 1).repeat_interleave(4, 2)
+    return images, (torch.randint(6, (n, 4, 4), generator=gen, dtype=torch.uint8)
+                    .repeat_interleave(4, 1).repeat_interleave(4, 2))
 
 def write_pictures(images, folder):
     "The same as JPEG files"
     n = len(images)
-    write_folder(Source([str(i) for i in range(n)], ['train']*n, lambda i: Image.fromarray(images[i].permute(1, 2, 0).numpy()), [], ['any']*n), folder)
+    write_folder(Source([str(i) for i in range(n)], ['train']*n,
+                        lambda i: Image.fromarray(images[i].permute(1, 2, 0).numpy()), [], ['any']*n), folder)
 
 # %% ../../nbs/bench/gpu.ipynb #043505c8
 def measure_data(device, model, batch, mode, size, n_images, rounds, n):
-    "A model on fixed images, on crops with random masks, with semantic ones, on a stream of files; that stream alone"
+    "Measure a model on fixed images, on crops with random and semantic masks, on a stream; the stream alone"
     with tempfile.TemporaryDirectory() as folder:
         write_pictures(pictures(n_images, size)[0], folder)
         stream = load_images(folder, ['train'], size=(size, size), stream=True)[0].images.to(device)
@@ -178,8 +205,10 @@ def measure_data(device, model, batch, mode, size, n_images, rounds, n):
         see = partial(Batches, grid=grid, epochs=10000, batch=batch, size=(model['image'],)*2)
         blend = dict(guide=maps, masking=dict(name='blend', ratio=.75))
         fixed = normalize(images[:batch, :, :model['image'], :model['image']].float())
-        contenders = {'fixed': lambda: on(Fixed(fixed, grid)), 'crops': lambda: on(see(images)), 'crops, blend': lambda: on(see(images, **blend)),
-                      'crops, blend, stream': lambda: on(see(stream, **blend)), 'stream alone': lambda: in_steps(see(stream, **blend).__getitem__)}
+        contenders = {'fixed': lambda: on(Fixed(fixed, grid)), 'crops': lambda: on(see(images)),
+                      'crops, blend': lambda: on(see(images, **blend)),
+                      'crops, blend, stream': lambda: on(see(stream, **blend)),
+                      'stream alone': lambda: in_steps(see(stream, **blend).__getitem__)}
         return [dict(r, batch=batch) for r in take_turns(contenders, device, rounds, n)]
 
 # %% ../../nbs/bench/gpu.ipynb #49deb60c
@@ -194,8 +223,10 @@ def measure_small(device, model, n_images, batch, runs): # modes of torch.compil
     images, maps = (x.to(device) for x in pictures(n_images, model['image']))
     def run(mode, epochs, log):
         torch.compiler.reset()  # or the first mode's program would be taken again
-        pretrain(make_ours(model), images, maps, epochs=epochs, batch=batch, warmup_epochs=1, masking=dict(name='blend', ratio=.75), compile=mode, log=log)
-    return [dict(contender=f'semmae, {mode}', images=n_images, batch=batch, epochs=epochs, **by_epoch(partial(run, mode, epochs))) for mode, epochs in runs.items()]
+        pretrain(make_ours(model), images, maps, epochs=epochs, batch=batch, warmup_epochs=1,
+                 masking=dict(name='blend', ratio=.75), compile=mode, log=log)
+    return [dict(contender=f'semmae, {mode}', images=n_images, batch=batch, epochs=epochs,
+                 **by_epoch(partial(run, mode, epochs))) for mode, epochs in runs.items()]
 
 # %% ../../nbs/bench/gpu.ipynb #9e17924c
 def measure_parts(device, model, n_images, steps=300):
@@ -204,7 +235,8 @@ def measure_parts(device, model, n_images, steps=300):
     encoder, parts = make_ours(model).encoder.requires_grad_(False), []
     learning = timed(lambda _: parts.append(learn_parts(images, encoder, steps=steps)), 1, device)[0]
     predicting = timed(lambda _: parts[0].predict(images), 1, device)[0]
-    return [dict(contender='learning parts', images=min(FIT, n_images), seconds=learning), dict(contender='predicting parts', images=n_images, seconds=predicting)]
+    return [dict(contender='learning parts', images=min(FIT, n_images), seconds=learning),
+            dict(contender='predicting parts', images=n_images, seconds=predicting)]
 
 def measure_teacher(device, model, n_images, batch):
     "Teaching an encoder"
@@ -225,19 +257,24 @@ def on_paper(speed,       # images/s of one GPU
 
 # %% ../../nbs/bench/gpu.ipynb #9fd9c832
 LARGE = dict(modes=['reduce-overhead'], rounds=3, n=10)
-FULL = {'ViT-B/16': (measure_model, dict(model=BASE, batch=256, modes=[None, 'default', 'reduce-overhead'], rounds=5, n=10, attentions=['eager', 'sdpa'], across=['reduce-overhead'])),
+FULL = {'ViT-B/16': (measure_model, dict(model=BASE, batch=256, modes=[None, 'default', 'reduce-overhead'],
+                                         rounds=5, n=10, attentions=['eager', 'sdpa'],
+                                         across=['reduce-overhead'])),
         'ViT-S/16': (measure_model, dict(model=MODELS['ViT-S/16'], batch=256, **LARGE)),
         'ViT-L/16': (measure_model, dict(model=MODELS['ViT-L/16'], batch=128, **LARGE)),
         'ViT-B/8': (measure_model, dict(model=MODELS['ViT-B/8'], batch=64, **LARGE)),
         'profile': (measure_profile, dict(model=BASE, batch=256, mode='default', n=5)),
-        'data': (measure_data, dict(model=BASE, batch=256, mode='reduce-overhead', size=256, n_images=2048, rounds=5, n=16)),
-        'small': (measure_small, dict(model=MODELS['ViT-Ti/4'], n_images=50000, batch=2048, runs={None: 10, 'default': 10, 'reduce-overhead': 200})),
+        'data': (measure_data, dict(model=BASE, batch=256, mode='reduce-overhead', size=256, n_images=2048,
+                                    rounds=5, n=16)),
+        'small': (measure_small, dict(model=MODELS['ViT-Ti/4'], n_images=50000, batch=2048,
+                                      runs={None: 10, 'default': 10, 'reduce-overhead': 200})),
         'parts': (measure_parts, dict(model=MODELS['ViT-Ti/4'], n_images=50000)),
         'teacher': (measure_teacher, dict(model=MODELS['ViT-Ti/4'], n_images=50000, batch=512))}
 
 TINY = shape(32, 2, 2, 8, 32, (16, 1, 2))
 FEW = dict(model=TINY, batch=4, modes=[None], rounds=3, n=2)
-TOY = {'ViT-B/16': (measure_model, FEW | dict(modes=[None, 'default'], across=[None])), **{name: (measure_model, FEW) for name in ('ViT-S/16', 'ViT-L/16', 'ViT-B/8')},
+TOY = {'ViT-B/16': (measure_model, FEW | dict(modes=[None, 'default'], across=[None])),
+       **{name: (measure_model, FEW) for name in ('ViT-S/16', 'ViT-L/16', 'ViT-B/8')},
        'profile': (measure_profile, dict(model=TINY, batch=4, mode=None, n=2)),
        'data': (measure_data, dict(model=TINY, batch=4, mode=None, size=48, n_images=40, rounds=3, n=2)),
        'small': (measure_small, dict(model=TINY, n_images=64, batch=16, runs={None: 4})),
@@ -257,11 +294,14 @@ def benchmark(path,          # a JSON file, to which blocks are added
     device = best_device()
     for name in blocks or FULL:
         start, (measure, options) = time.perf_counter(), SIZES[size][name]
-        if checkout and measure is measure_model: options = options | dict(checkout=checkout)
+        if checkout and measure is measure_model:
+            options = options | dict(checkout=checkout)
         rows = measure(device, **options)
-        about = dict(device=device_name(device), size=size, cores=os.cpu_count(), rate=matrix_rate(device, 8192 if size == 'full' else 64),
+        about = dict(device=device_name(device), size=size, cores=os.cpu_count(),
+                     rate=matrix_rate(device, 8192 if size == 'full' else 64),
                      python=platform.python_version(), torch=torch.__version__, timm=timm.__version__)
         write_json(path, (read_json(path) if Path(path).exists() else {}) | {name: dict(about, rows=rows)})
         torch.compiler.reset(), gc.collect()
-        if device.type == 'cuda': torch.cuda.empty_cache()
+        if device.type == 'cuda':
+            torch.cuda.empty_cache()
         log(f'{name}: {time.perf_counter() - start:.0f} s')

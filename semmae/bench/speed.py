@@ -20,9 +20,9 @@ from torchvision import datasets, transforms
 
 from .. import pretrain as pretraining
 from ..core import SemmaeError, best_device, check
-from ..data import load_images
 from ..mae import MAE
 from ..pretrain import pretrain
+from ..sources import load_images
 from ..train import complaint, join, world
 from ..vit import make_encoder
 
@@ -37,12 +37,15 @@ def write_folder(source, folder, quality=92):
 # %% ../../nbs/bench/speed.ipynb #f5c1e143
 def make_ours(model, **kw): # keywords of MAE
     "Our model of the shape that all share"
-    encoder = make_encoder(image=(model['image'],)*2, patch_size=model['patch'], embed_dim=model['width'], depth=model['depth'], num_heads=model['heads'])
-    return MAE(encoder, width=model['decoder_width'], depth=model['decoder_depth'], heads=model['decoder_heads'], **kw)
+    encoder = make_encoder(image=(model['image'],)*2, patch_size=model['patch'], embed_dim=model['width'],
+                           depth=model['depth'], num_heads=model['heads'])
+    return MAE(encoder, width=model['decoder_width'], depth=model['decoder_depth'],
+               heads=model['decoder_heads'], **kw)
 
 def ours(lap, folder, model, batch, epochs, device, float32=False):
     lap(None)
-    if float32: pretraining.autocast = lambda device: nullcontext()
+    if float32:
+        pretraining.autocast = lambda device: nullcontext()
     data, = load_images(folder, ['train'], size=(model['image'],)*2)
     mae = make_ours(model)
     pretrain(mae, data.to(device).images, epochs=epochs, batch=batch, warmup_epochs=0, log=lap)
@@ -53,23 +56,28 @@ def stand_ins():
     "What facebookresearch/mae imports and today's libraries no longer have"
     import timm.models.vision_transformer as vit
     class Block(vit.Block):
-        def __init__(self, *args, qk_scale=None, **kw): super().__init__(*args, **kw)
+        def __init__(self, *args, qk_scale=None, **kw):
+            super().__init__(*args, **kw)
     vit.Block, np.float = Block, float
     sys.modules['torch._six'] = types.SimpleNamespace(inf=float('inf'))
-    if not torch.cuda.is_available(): torch.cuda.synchronize = lambda: None
+    if not torch.cuda.is_available():
+        torch.cuda.synchronize = lambda: None
 
 def loader(folder, size, batch, workers, device, **kw):
     "The transforms and the loader that MAE's scripts use"
     stats = [.485, .456, .406], [.229, .224, .225]
-    steps = [transforms.RandomResizedCrop(size, scale=(.2, 1.), interpolation=transforms.InterpolationMode.BICUBIC),
+    steps = [transforms.RandomResizedCrop(size, scale=(.2, 1.),
+                                          interpolation=transforms.InterpolationMode.BICUBIC),
              transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(*stats)]
     data = datasets.ImageFolder(f'{folder}/train', transforms.Compose(steps))
-    return DataLoader(data, batch, sampler=DistributedSampler(data, 1, 0), num_workers=workers, pin_memory=device.type == 'cuda', drop_last=True, **kw)
+    return DataLoader(data, batch, sampler=DistributedSampler(data, 1, 0), num_workers=workers,
+                      pin_memory=device.type == 'cuda', drop_last=True, **kw)
 
 @lru_cache
 def import_facebook(path):
     "The model, the loop and the loss scaler of a checkout"
-    check(Path(path, 'models_mae.py').is_file(), f"{path} is no checkout of facebookresearch/mae: clone it and give its path")
+    check(Path(path, 'models_mae.py').is_file(),
+          f"{path} is no checkout of facebookresearch/mae: clone it and give its path")
     stand_ins()
     sys.path.insert(0, str(path))
     from models_mae import MaskedAutoencoderViT
@@ -82,12 +90,16 @@ def open_facebook(model, path, epochs, device):
     "Its model, and its training: a function of (batches, epoch)"
     Model, train_one_epoch, Scaler = import_facebook(path)
     mae = Model(
-        img_size=model['image'], patch_size=model['patch'], embed_dim=model['width'], depth=model['depth'], num_heads=model['heads'], decoder_embed_dim=model['decoder_width'],
-        decoder_depth=model['decoder_depth'], decoder_num_heads=model['decoder_heads'], norm_layer=partial(nn.LayerNorm, eps=1e-6), norm_pix_loss=True).to(device)
+        img_size=model['image'], patch_size=model['patch'], embed_dim=model['width'], depth=model['depth'],
+        num_heads=model['heads'], decoder_embed_dim=model['decoder_width'],
+        decoder_depth=model['decoder_depth'], decoder_num_heads=model['decoder_heads'],
+        norm_layer=partial(nn.LayerNorm, eps=1e-6), norm_pix_loss=True).to(device)
     opt = torch.optim.AdamW(param_groups_weight_decay(mae, .05), lr=1e-4, betas=(.9, .95))
-    args, scaler = types.SimpleNamespace(accum_iter=1, mask_ratio=.75, lr=1e-4, min_lr=0., warmup_epochs=0, epochs=epochs), Scaler()
+    args, scaler = (types.SimpleNamespace(accum_iter=1, mask_ratio=.75, lr=1e-4, min_lr=0.,
+                                          warmup_epochs=0, epochs=epochs), Scaler())
     def train(batches, epoch):
-        with redirect_stdout(sys.stderr): train_one_epoch(mae, batches, opt, device, epoch, scaler, args=args)
+        with redirect_stdout(sys.stderr):
+            train_one_epoch(mae, batches, opt, device, epoch, scaler, args=args)
     return mae, train
 
 def facebook(lap, folder, model, batch, epochs, device, path, workers):
@@ -106,14 +118,19 @@ def open_hugging(model, bfloat16, attention, device):
     "Its model, and what its users do with a batch of images"
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
     mae = ViTMAEForPreTraining(ViTMAEConfig(
-        image_size=model['image'], patch_size=model['patch'], hidden_size=model['width'], num_hidden_layers=model['depth'], num_attention_heads=model['heads'],
-        intermediate_size=4*model['width'], decoder_hidden_size=model['decoder_width'], decoder_num_hidden_layers=model['decoder_depth'],
-        decoder_num_attention_heads=model['decoder_heads'], decoder_intermediate_size=4*model['decoder_width'], norm_pix_loss=True, attn_implementation=attention)).to(device).train()
+        image_size=model['image'], patch_size=model['patch'], hidden_size=model['width'],
+        num_hidden_layers=model['depth'], num_attention_heads=model['heads'],
+        intermediate_size=4*model['width'], decoder_hidden_size=model['decoder_width'],
+        decoder_num_hidden_layers=model['decoder_depth'], decoder_num_attention_heads=model['decoder_heads'],
+        decoder_intermediate_size=4*model['decoder_width'], norm_pix_loss=True,
+        attn_implementation=attention)).to(device).train()
     opt = create_optimizer_v2(mae, 'adamw', lr=1e-4, weight_decay=.05, betas=(.9, .95), fused=True)
     def learn(imgs):
-        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16): loss = mae(imgs.to(device, non_blocking=True)).loss
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            loss = mae(imgs.to(device, non_blocking=True)).loss
         loss.backward()
-        opt.step(); opt.zero_grad()
+        opt.step()
+        opt.zero_grad()
     return mae, learn
 
 def hugging(lap, folder, model, batch, epochs, device, workers, bfloat16, attention='sdpa'):
@@ -123,7 +140,8 @@ def hugging(lap, folder, model, batch, epochs, device, workers, bfloat16, attent
     batches = loader(folder, model['image'], batch, workers, device, persistent_workers=workers > 0)
     for epoch in range(epochs):
         batches.sampler.set_epoch(epoch)
-        for imgs, _ in batches: learn(imgs)
+        for imgs, _ in batches:
+            learn(imgs)
         lap(epoch)
     return mae
 
@@ -137,13 +155,17 @@ def main():
     torch.set_num_threads(threads)
     device, laps = join(best_device()), []
     def lap(_):
-        if device.type == 'cuda': torch.cuda.synchronize()
+        if device.type == 'cuda':
+            torch.cuda.synchronize()
         laps.append(time.time())
-    try: mae = CONTENDERS[name](lap, device=device, **job)
-    except SemmaeError as e: sys.exit(f'semmae: {e}')
+    try:
+        mae = CONTENDERS[name](lap, device=device, **job)
+    except SemmaeError as e:
+        sys.exit(f'semmae: {e}')
     seen = len(list(Path(job['folder'], 'train').rglob('*.jpg')))//job['batch']*job['batch']
     if world()[0] == 0:
-        print(json.dumps(dict(speed=seen*job['epochs']/(laps[-1] - laps[0]), epochs=[seen/(b - a) for a, b in zip(laps, laps[1:])],
+        print(json.dumps(dict(speed=seen*job['epochs']/(laps[-1] - laps[0]),
+                              epochs=[seen/(b - a) for a, b in zip(laps, laps[1:])],
                               weights=sum(p.numel() for p in mae.parameters() if p.requires_grad))))
 
 def peak_memory(run):
@@ -151,18 +173,23 @@ def peak_memory(run):
     import psutil
     first, peak = psutil.Process(run.pid), 0
     while run.poll() is None:
-        try: peak = max(peak, sum(p.memory_full_info().pss for p in [first, *first.children(recursive=True)]))
-        except psutil.Error: pass  # one that has just ended
+        try:
+            peak = max(peak, sum(p.memory_full_info().pss for p in [first, *first.children(recursive=True)]))
+        except psutil.Error:
+            pass  # one that has just ended
         time.sleep(.1)
     return peak/2**30
 
 def measure(contender, folder, threads=1, processes=1, memory=False, **job):
-    "What one run of a contender did: speed (images/s, all in all), epochs (images/s of each), weights; with `memory` also peak (GiB)"
+    "Run a contender: images/s all in all and by epoch, weights, and with `memory` its peak in GiB"
     job = json.dumps(dict(job, contender=contender, folder=str(folder), threads=threads))
     command = [sys.executable, '-c', 'from semmae.bench.speed import main; main()', job]
-    if processes > 1: command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={processes}', '--no-python', *command]
+    if processes > 1:
+        command = [sys.executable, '-m', 'torch.distributed.run', '--standalone',
+                   f'--nproc-per-node={processes}', '--no-python', *command]
     with tempfile.TemporaryFile('w+') as out, tempfile.TemporaryFile('w+') as errors:
-        run = subprocess.Popen(command, stdout=out, stderr=errors, env=os.environ | dict(OMP_NUM_THREADS=str(threads)))
+        run = subprocess.Popen(command, stdout=out, stderr=errors,
+                               env=os.environ | dict(OMP_NUM_THREADS=str(threads)))
         peak = dict(peak=peak_memory(run)) if memory else {}
         code = run.wait()
         out.seek(0), errors.seek(0)

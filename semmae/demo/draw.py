@@ -19,22 +19,27 @@ from ..core import atomic, check
 PARTS = 'background', 'body', 'head', 'eyes', 'mouth', 'top'
 
 LAYERS = {  # kind -> its set, and the part that each layer belongs to
-    'robot': ('set1', {'01Body': 'body', '02Face': 'head', 'Accessory': 'top', 'Eyes': 'eyes', 'Mouth': 'mouth'}),
-    'monster': ('set2', {'01FaceColors': 'head', '02BodyColors': 'body', '03Faces': 'head', '04Body': 'body', 'Eyes': 'eyes',
-                         'Mouth': 'mouth', 'Nose': 'head'}),
-    'droid': ('set3', {'01BaseFace': 'head', '02Wave': 'head', '03Antenna': 'top', '04Eyes': 'eyes', '05Eyebrows': 'eyes',
-                       '06Nose': 'head', '07Mouth': 'mouth'}),
-    'cat': ('set4', {'00body': 'body', '01fur': 'body', '02eyes': 'eyes', '03mouth': 'mouth', '04accessories': 'top'}),
-    'person': ('set5', {'Body': 'head', 'Cloth': 'body', 'Eye': 'eyes', 'Eyebrow': 'eyes', 'FacialHair': 'mouth', 'Mouth': 'mouth',
-                        'Top': 'top'}),
+    'robot': ('set1', {'01Body': 'body', '02Face': 'head', 'Accessory': 'top', 'Eyes': 'eyes',
+                       'Mouth': 'mouth'}),
+    'monster': ('set2', {'01FaceColors': 'head', '02BodyColors': 'body', '03Faces': 'head', '04Body': 'body',
+                         'Eyes': 'eyes', 'Mouth': 'mouth', 'Nose': 'head'}),
+    'droid': ('set3', {'01BaseFace': 'head', '02Wave': 'head', '03Antenna': 'top', '04Eyes': 'eyes',
+                       '05Eyebrows': 'eyes', '06Nose': 'head', '07Mouth': 'mouth'}),
+    'cat': ('set4', {'00body': 'body', '01fur': 'body', '02eyes': 'eyes', '03mouth': 'mouth',
+                     '04accessories': 'top'}),
+    'person': ('set5', {'Body': 'head', 'Cloth': 'body', 'Eye': 'eyes', 'Eyebrow': 'eyes',
+                        'FacialHair': 'mouth', 'Mouth': 'mouth', 'Top': 'top'}),
 }
 
 # %% ../../nbs/demo/draw.ipynb #0aff672f
 DESIGNS = {
-    'robot': {'can': {'02Face': 'face-05', '01Body': 'body-0[17]'}, 'bulb': {'02Face': 'face-06', '01Body': 'body-0[36]'}},
+    'robot': {'can': {'02Face': 'face-05', '01Body': 'body-0[17]'},
+              'bulb': {'02Face': 'face-06', '01Body': 'body-0[36]'}},
     'monster': {'stalks': {'03Faces': 'final12'}, 'box': {'03Faces': 'final6'}},
-    'droid': {'crown': {'01BaseFace': 'Design(19|2[0-7])$', '03Antenna': 'Design[1369]$', '04Eyes': 'Design([2569]|11)$'},
-              'dome': {'01BaseFace': 'Design(3[7-9]|4[0-5])$', '03Antenna': 'Design([457]|10)$', '04Eyes': 'Design([347]|12)$'}},
+    'droid': {'crown': {'01BaseFace': 'Design(19|2[0-7])$', '03Antenna': 'Design[1369]$',
+                        '04Eyes': 'Design([2569]|11)$'},
+              'dome': {'01BaseFace': 'Design(3[7-9]|4[0-5])$', '03Antenna': 'Design([457]|10)$',
+                       '04Eyes': 'Design([347]|12)$'}},
     'cat': {'scarf': {'04accessories': 'accessory[07]$'}, 'phones': {'04accessories': 'accessory(6|14)$'}},
     'person': {'hijab': {'Top': 'Hijab'}, 'winterhat': {'Top': 'WinterHat'}},
 }
@@ -42,8 +47,10 @@ CLASSES = [f'{kind}-{design}' for kind, designs in DESIGNS.items() for design in
 
 def art():
     "The folder that robohash keeps its pictures in"
-    try: return Path(importlib.resources.files('robohash'))
-    except ModuleNotFoundError: check(False, "making demo images needs the art of robohash: run `pip install robohash==2.0`")
+    try:
+        return Path(importlib.resources.files('robohash'))
+    except ModuleNotFoundError:
+        check(False, "making demo images needs the art of robohash: run `pip install robohash==2.0`")
 
 @functools.cache
 def layers(kind, colour=''):
@@ -65,7 +72,8 @@ def choose(cls, rng):
     return [(l, pick(l, fs)) for l, fs in layers(kind, rng.choice(COLOURS) if kind == 'robot' else '')]
 
 @functools.cache
-def picture(path, side=192): return Image.open(path).convert('RGBA').resize((side, side), Image.LANCZOS)
+def picture(path, side=192):
+    return Image.open(path).convert('RGBA').resize((side, side), Image.LANCZOS)
 
 def stack(cls, character):
     "A character as an RGBA picture and its part labels"
@@ -91,7 +99,8 @@ def noise(n, rng):
     "Clouds: noise whose spectrum falls off with frequency"
     f = np.hypot(np.fft.fftfreq(n)[:, None], np.fft.rfftfreq(n)[None])
     f[0, 0] = 1
-    x = np.stack([np.fft.irfft2(np.fft.rfft2(rng.standard_normal((n, n)))*f**-rng.uniform(1.5, 2.5)) for _ in range(3)], -1)
+    x = np.stack([np.fft.irfft2(np.fft.rfft2(rng.standard_normal((n, n)))*f**-rng.uniform(1.5, 2.5))
+                  for _ in range(3)], -1)
     return x/x.std((0, 1)) @ (rng.standard_normal((3, 3))*.12) + rng.uniform(.2, .8, 3)
 
 def shapes(n, rng):
@@ -120,10 +129,12 @@ def pose(labels, n, rng,
     "A random pose: the affine map from scene to drawing, in Pillow's order"
     ys, xs = np.nonzero(labels)
     lo, hi = np.array([xs.min(), ys.min()]), np.array([xs.max(), ys.max()]) + 1
-    s, a, stretch = rng.uniform(*scale)*n/(hi - lo).max(), math.radians(rng.uniform(-tilt, tilt)), math.exp(rng.uniform(-.15, .15))
+    s, a, stretch = (rng.uniform(*scale)*n/(hi - lo).max(), math.radians(rng.uniform(-tilt, tilt)),
+                     math.exp(rng.uniform(-.15, .15)))
     turn = np.array([[math.cos(a), -math.sin(a)], [math.sin(a), math.cos(a)]])
     A = turn @ np.diag([s*stretch*rng.choice([-1, 1]), s/stretch])
-    half = .75*abs(A @ np.diag((hi - lo)/2)).sum(1)         # up to a quarter of the character may leave the frame
+    # up to a quarter of the character may leave the frame
+    half = .75*abs(A @ np.diag((hi - lo)/2)).sum(1)
     centre = rng.uniform(np.minimum(half, n - half), np.maximum(half, n - half))
     back = np.linalg.inv(A)
     shift = (lo + hi)/2 - back @ centre
@@ -137,8 +148,10 @@ def scene(cls, character, rng, size=64):
     where = pose(labels, n, rng)
     pixels = np.asarray(rgba)/255
     alpha = pixels[..., 3:]
-    front = np.dstack([recolour(pixels[..., :3], rng)*alpha, alpha])  # premultiplied, so that edges blend right
-    front = Image.fromarray((front*255).round().astype(np.uint8), 'RGBA').transform((n, n), Image.AFFINE, where, Image.BILINEAR)
+    # premultiplied, so that edges blend right
+    front = np.dstack([recolour(pixels[..., :3], rng)*alpha, alpha])
+    front = Image.fromarray((front*255).round().astype(np.uint8), 'RGBA').transform(
+        (n, n), Image.AFFINE, where, Image.BILINEAR)
     front = np.asarray(front)/255
     out = back*(1 - front[..., 3:]) + front[..., :3]
     out = out.reshape(size, 2, size, 2, 3).mean((1, 3))
@@ -147,21 +160,25 @@ def scene(cls, character, rng, size=64):
     return (out*255).round().clip(0, 255).astype(np.uint8), np.argmax(votes, 0).astype(np.uint8)
 
 # %% ../../nbs/demo/draw.ipynb #38bc298b
-NOTICE = """The demo images of semmae are made from the layered art that the package robohash 2.0 carries, changed in scale, pose and colour.
-Robots lovingly delivered by Robohash.org.
-
-kind     art by                licence
-robot    Zikri Kader           CC-BY-3.0 or CC-BY-4.0 (and the drawn backgrounds)
-monster  Hrvoje Novakovic      CC-BY-3.0
-droid    Julian Peter Arias    CC-BY-3.0
-cat      David Revoy           CC-BY-4.0, https://www.peppercarrot.com/extras/html/2016_cat-generator/
-person   Pablo Stanley         "Free for personal and commercial use", https://avataaars.com/
-
-TILES: *.jpg are sheets of 64x64 tiles, 50 a row; labels.csv names split, class and drawn layers of every tile in order.
-PARTS: *_parts.png are the same sheets with 0 background, 1 body, 2 head, 3 eyes, 4 mouth, 5 top. The art does not separate every part
-of every kind: a cat's head belongs to its body, a droid has no body, a monster no top.
-TEACHER: teacher.safetensors is an encoder that taught itself on the train images, without labels (semmae's profile `teacher`); Apache-2.0.
-"""
+NOTICE = (
+    'The demo images of semmae are made from the layered art that the package robohash 2.0 carries, '
+    'changed in scale, pose and colour.\n'
+    'Robots lovingly delivered by Robohash.org.\n'
+    '\n'
+    'kind     art by                licence\n'
+    'robot    Zikri Kader           CC-BY-3.0 or CC-BY-4.0 (and the drawn backgrounds)\n'
+    'monster  Hrvoje Novakovic      CC-BY-3.0\n'
+    'droid    Julian Peter Arias    CC-BY-3.0\n'
+    'cat      David Revoy           CC-BY-4.0, https://www.peppercarrot.com/extras/html/2016_cat-generator/\n'
+    'person   Pablo Stanley         "Free for personal and commercial use", https://avataaars.com/\n'
+    '\n'
+    'TILES: *.jpg are sheets of 64x64 tiles, 50 a row; '
+    'labels.csv names split, class and drawn layers of every tile in order.\n'
+    'PARTS: *_parts.png are the same sheets with 0 background, 1 body, 2 head, 3 eyes, 4 mouth, 5 top. '
+    'The art does not separate every part\n'
+    "of every kind: a cat's head belongs to its body, a droid has no body, a monster no top.\n"
+    'TEACHER: teacher.safetensors is an encoder that taught itself on the train images, without labels '
+    "(semmae's profile `teacher`); Apache-2.0.\n")
 
 def unseen(cls, rng, seen):
     "A character that is not in `seen`, and its name"
@@ -191,9 +208,14 @@ def make_demo(path,   # folder to write
             cls, rng = CLASSES[i % len(CLASSES)], np.random.default_rng([seed, len(rows)])
             character, name = unseen(cls, rng, seen)
             x, p = scene(cls, character, rng, size)
-            pixels.append(x); parts.append(p); rows.append((split, cls, name))
-        with atomic(path/f'{split}.jpg') as tmp: Image.fromarray(sheet(np.stack(pixels))).save(tmp, quality=80, optimize=True)
-        with atomic(path/f'{split}_parts.png') as tmp: Image.fromarray(sheet(np.stack(parts))).save(tmp, optimize=True)
+            pixels.append(x)
+            parts.append(p)
+            rows.append((split, cls, name))
+        with atomic(path/f'{split}.jpg') as tmp:
+            Image.fromarray(sheet(np.stack(pixels))).save(tmp, quality=80, optimize=True)
+        with atomic(path/f'{split}_parts.png') as tmp:
+            Image.fromarray(sheet(np.stack(parts))).save(tmp, optimize=True)
     with atomic(path/'labels.csv') as tmp, open(tmp, 'w', newline='') as f:
         csv.writer(f, lineterminator='\n').writerows([('split', 'class', 'layers'), *rows])
-    with atomic(path/'LICENSE.txt') as tmp: tmp.write_text(NOTICE)
+    with atomic(path/'LICENSE.txt') as tmp:
+        tmp.write_text(NOTICE)

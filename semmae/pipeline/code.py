@@ -22,13 +22,16 @@ def stale_modules(root='.'):
     root = Path(root).resolve()
     with tempfile.TemporaryDirectory() as tmp:
         for d in ('nbs', 'semmae'):
-            shutil.copytree(root/d, f'{tmp}/{d}', ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
+            shutil.copytree(root/d, f'{tmp}/{d}',
+                            ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
         shutil.copy(root/'settings.ini', tmp)
         export = 'from nbdev.doclinks import nbdev_export as export; export()'
         env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'}  # under nbdev_test it would do nothing
-        done = subprocess.run([sys.executable, '-c', export], cwd=tmp, env=env, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, '-c', export], cwd=tmp, env=env, capture_output=True,
+                              text=True)
         why = done.stderr.strip()[-300:]
-        check(done.returncode == 0, f"the notebooks cannot be exported: run `nbdev_export` and mend what it says ({why})")
+        check(done.returncode == 0,
+              f"the notebooks cannot be exported: run `nbdev_export` and mend what it says ({why})")
         fresh, here = modules(f'{tmp}/semmae'), modules(root/'semmae')
     return [f'semmae/{name}' for name in sorted(fresh) if here.get(name) != fresh[name]]
 

@@ -10,20 +10,21 @@ from pathlib import Path
 
 import torch
 
-from ..data import few_labels
+from ..images import few_labels
 from ..vit import load_encoder, make_encoder, open_encoder
 
 # %% ../../nbs/pipeline/glue/01_encoders.ipynb #7cb1e006
 def make_of(block, cfg):
     "Make the fresh encoder that a block of a profile describes"
-    return make_encoder(**dict(image=cfg['data']['size']) | block, channels=cfg['data'].get('channels', 3), seed=cfg['seed'])
+    return make_encoder(**dict(image=cfg['data']['size']) | block, channels=cfg['data'].get('channels', 3),
+                        seed=cfg['seed'])
 
 def fresh_encoder(cfg):
     "Make the encoder of a profile, as it is before any training"
     return make_of(cfg['encoder'], cfg)
 
 def open_teacher(options, root):
-    "Open the pretrained encoder that `teacher` names; a file of weights lies in the project's folder or anywhere"
+    "Open the pretrained encoder that `teacher` names; a file of weights may lie in the project's folder"
     weights = options.get('weights')
     return open_encoder(**options | (dict(weights=Path(root)/Path(weights).expanduser()) if weights else {}))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from .. import learn, paper  # which register sources of parts
 from ..masking import find_strategy
 from ..parts import SOURCES, looks, make_parts
 
@@ -21,7 +22,7 @@ def looks_at(cfg):
     return find_strategy(**cfg['pretrain']['masking']).looks_at
 
 def needs(cfg, base): # the profile with an entry's changes, and without
-    "The folder whose content a training looks at beside its images: runs/parts, runs/teacher, another training's, or data"
+    "The folder that a training looks at beside its images: runs/parts, runs/teacher, another's, or data"
     kind, source, teacher = looks_at(cfg), cfg['parts']['source'], cfg['teacher'] or {}
     if kind is None:
         return 'data'
@@ -38,5 +39,6 @@ def make_guide(cfg, encoder, train, root='.'): # the encoder to look through, an
     "Make what a masking looks at, (N,h,w)"
     if looks_at(cfg) == 'scores':
         return torch.cat([seen.attention.mean(1) for seen, in looks(encoder, train.images, [None])])
-    maps = make_parts(dict(train=train), encoder=encoder, root=root, seed=cfg['seed'], **cfg['parts'])['train']
+    maps = make_parts(dict(train=train), encoder=encoder, root=root, seed=cfg['seed'],
+                      **cfg['parts'])['train']
     return (maps if torch.is_tensor(maps) else torch.cat(list(maps))).to(train.images.device)

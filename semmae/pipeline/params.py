@@ -29,13 +29,15 @@ def read_yaml(path):
         params = json.loads(json.dumps(yaml.load(path.read_text(), Loader), default=str))
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as e:
         raise SemmaeError(f"{path} is not valid YAML ({' '.join(str(e).split())}): mend it") from e
-    check(isinstance(params, dict) and isinstance(params.get('profiles'), dict), f"{path} has no `profiles`: restore it with git")
+    check(isinstance(params, dict) and isinstance(params.get('profiles'), dict),
+          f"{path} has no `profiles`: restore it with git")
     return params
 
 # %% ../../nbs/pipeline/glue/00_params.ipynb #7ca1e008
 def changed(cfg, changes, of): # a profile; what is changed in which of its blocks; who says so
     "A profile with some of its blocks changed"
-    check(isinstance(changes, dict), f"{of} is {changes!r}: write what it changes as {{block: {{key: value}}}}")
+    check(isinstance(changes, dict),
+          f"{of} is {changes!r}: write what it changes as {{block: {{key: value}}}}")
     for block, value in changes.items():
         check(block in cfg, f"{of}.{block} is not known: write one of {', '.join(cfg)}")
         old = cfg[block]

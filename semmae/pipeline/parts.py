@@ -9,10 +9,11 @@ __all__ = ['parts_stage']
 from pathlib import Path
 
 from ..core import best_device, file_hash, write_json
-from ..data import SPLITS, load_images, read_maps, write_maps
+from ..images import read_maps, write_maps
 from ..parts import SOURCES, judge_parts, make_parts, used
 from .encoders import load_teacher
 from .params import read_params
+from ..sources import SPLITS, load_images
 
 # %% ../../nbs/pipeline/glue/05_parts.ipynb #7cf1e005
 def parts_stage(root, profile=None):
@@ -26,7 +27,8 @@ def parts_stage(root, profile=None):
     if encoder := load_teacher(root):
         about |= dict(checkpoint=file_hash(runs/'teacher/encoder.safetensors'))
     maps = make_parts(splits, source, encoder, root, cfg['seed'], **options) if splits else {}
-    write_maps(runs/'parts', maps, {k: d.images for k, d in splits.items()}, source=source, **used(source, options))
+    write_maps(runs/'parts', maps, {k: d.images for k, d in splits.items()}, source=source,
+               **used(source, options))
     background = source in SOURCES and SOURCES[source].background
     for k in ('val', 'test') if splits else ():
         found = read_maps(runs/'parts', k, splits[k].images)

@@ -16,7 +16,8 @@ def run_stage(name,       # a notebook of nbs/pipeline
               profile='', # a profile of params.yaml; empty: the notebook's own choice
               entry=''):  # which training, for a stage that there is one of for each
     "Run a stage's notebook from the project's folder"
-    sys.modules.setdefault('rfc3987_syntax', None)  # jsonschema would build a grammar of web addresses for seconds, and no notebook needs it
+    # jsonschema would build a grammar of web addresses for seconds, and no notebook needs it
+    sys.modules.setdefault('rfc3987_syntax', None)
     try:
         import papermill
         from nbclient.exceptions import DeadKernelError
@@ -37,16 +38,19 @@ def run_stage(name,       # a notebook of nbs/pipeline
     start = time.time()
     try:
         papermill.execute_notebook(source, f'runs/{name}.ipynb', parameters=parameters, kernel_name='python3',
-                                   cwd=source.parent, progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr,
-                                   extra_arguments=['--IPKernelApp.log_level=ERROR'])
+                                   cwd=source.parent, progress_bar=False, stdout_file=sys.stdout,
+                                   stderr_file=sys.stderr, extra_arguments=['--IPKernelApp.log_level=ERROR'])
     except papermill.PapermillExecutionError as e:
         traceback = '\n'.join(e.traceback)
-        sys.exit(f'{name}: {e.evalue}' if e.ename == 'SemmaeError' else f'{name}, cell {e.exec_count}:\n{traceback}')
+        sys.exit(f'{name}: {e.evalue}' if e.ename == 'SemmaeError'
+                 else f'{name}, cell {e.exec_count}:\n{traceback}')
     except DeadKernelError:
-        sys.exit(f"{name}: its process was killed, most often for want of memory: lower `batch` or `data.limit` in the profile, or free some")
+        sys.exit(f"{name}: its process was killed, most often for want of memory: "
+                 "lower `batch` or `data.limit` in the profile, or free some")
     except KeyboardInterrupt:
         sys.exit(f'{name}: stopped')
-    write_json(f'runs/times/{name}.json', dict(seconds=round(time.time() - start, 1), device=device_name(best_device())))
+    write_json(f'runs/times/{name}.json',
+               dict(seconds=round(time.time() - start, 1), device=device_name(best_device())))
 
 # %% ../../nbs/pipeline/glue/10_run.ipynb #7d31e007
 def forced():

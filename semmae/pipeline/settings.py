@@ -19,10 +19,9 @@ import timm, torch
 from annotated_types import Ge, Le
 from pydantic import ConfigDict, ValidationError, create_model
 
-from ..core import Share, SemmaeError, Size, check, options_of
-from ..data import load_images
+from ..core import SemmaeError, Share, Size, check, defaults_of, options_of
 from ..evaluate import score
-from ..finetune import finetune, segment
+from ..finetune import finetune
 from ..mae import MAE
 from ..masking import STRATEGIES, find_strategy
 from ..parts import SOURCES
@@ -30,6 +29,8 @@ from .encoders import fresh_encoder, make_of
 from .guide import looks_at, needs
 from .params import changed, pick, read_yaml
 from ..pretrain import check_compile, make_optimizer, open_masking, pretrain
+from ..segment import segment
+from ..sources import load_images
 from ..teacher import Distiller, distil
 from ..vit import make_encoder, open_encoder, resize
 
@@ -40,7 +41,8 @@ STRICT = ConfigDict(extra='forbid', strict=True, allow_inf_nan=False)
 def model_of(*functions, **more): # name -> (type, default)
     "Make a model of the parameters that functions declare; one without a default must be there"
     found = options_of(*functions) | more
-    fields = {k: (kind, ... if default is Parameter.empty else default) for k, (kind, default) in found.items()}
+    fields = {k: (kind, ... if default is Parameter.empty else default)
+              for k, (kind, default) in found.items()}
     return create_model('block', __config__=STRICT, **fields)
 
 # %% ../../nbs/pipeline/glue/03_settings.ipynb #7cd1e008
@@ -84,11 +86,14 @@ def profile_model(cfg):
         segment=(model_of(segment, labels=(Share, ...)), ...))
 
 # %% ../../nbs/pipeline/glue/03_settings.ipynb #7cd1e010
-WORDS = {'int_type': 'is not a whole number', 'int_from_float': 'is not a whole number', 'float_type': 'is not a number',
-         'string_type': 'is not text', 'bool_type': 'is neither true nor false', 'list_type': 'is not a list',
-         'tuple_type': 'is not a list', 'dict_type': 'is not a block of keys', 'model_type': 'is not a block of keys',
-         'greater_than_equal': 'is less than {ge}', 'less_than_equal': 'is more than {le}', 'greater_than': 'is not above {gt}',
-         'less_than': 'is not below {lt}', 'literal_error': 'is not {expected}', 'finite_number': 'is not a finite number',
+WORDS = {'int_type': 'is not a whole number', 'int_from_float': 'is not a whole number',
+         'float_type': 'is not a number', 'string_type': 'is not text',
+         'bool_type': 'is neither true nor false', 'list_type': 'is not a list',
+         'tuple_type': 'is not a list', 'dict_type': 'is not a block of keys',
+         'model_type': 'is not a block of keys',
+         'greater_than_equal': 'is less than {ge}', 'less_than_equal': 'is more than {le}',
+         'greater_than': 'is not above {gt}', 'less_than': 'is not below {lt}',
+         'literal_error': 'is not {expected}', 'finite_number': 'is not a finite number',
          'predicate_failed': 'does not go from the smaller to the larger', 'missing': 'has too few entries',
          'too_short': 'has too few entries', 'too_long': 'has too many entries'}
 
@@ -111,7 +116,8 @@ def sentences(error, cfg, model, of):
     for e in error.errors(include_url=False):
         path, there = [], cfg
         for key in e['loc']:  # pydantic also names the kinds that a value may be of
-            if isinstance(there, dict) and key in there or isinstance(there, list) and isinstance(key, int) and key < len(there):
+            if (isinstance(there, dict) and key in there
+                    or isinstance(there, list) and isinstance(key, int) and key < len(there)):
                 there = there[key]
                 path.append(key)
         where, value = '.'.join(map(str, [of, *path])), json.dumps(there, ensure_ascii=False)
@@ -155,8 +161,10 @@ def check_teacher(cfg, root):
             resize(encoder, teacher.get('image') or cfg['data']['size'])
     elif cfg['teacher'] is not None:
         name = teacher.get('name')
-        check(name or teacher.get('weights'), "`teacher` names no encoder: write a `name` of timm's, or a file of `weights`")
-        check(name is None or timm.is_model(name), f"`teacher.name` is {name!r}, which timm does not know: write a `vit_*` model")
+        check(name or teacher.get('weights'),
+              "`teacher` names no encoder: write a `name` of timm's, or a file of `weights`")
+        check(name is None or timm.is_model(name),
+              f"`teacher.name` is {name!r}, which timm does not know: write a `vit_*` model")
 
 def check_guide(cfg, root):
     "See that the maps or scores that a masking looks at can be had"
@@ -165,15 +173,19 @@ def check_guide(cfg, root):
     there = source in known or (Path(root)/Path(source).expanduser()).is_dir()
     check(there, f"`parts.source` is {source!r}: write a folder of maps, or one of {', '.join(known)}")
     sees = kind == 'scores' or source in SOURCES and SOURCES[source].sees
-    check(cfg['teacher'] or not sees, f"`teacher` is null, and parts of the source {source!r} are seen through one: name an encoder")
+    check(cfg['teacher'] or not sees,
+          f"`teacher` is null, and parts of the source {source!r} are seen through one: name an encoder")
 
 def check_batches(cfg, root):
     "See that batches can be cut"
     n, train = cfg['processes'], cfg['pretrain']
     turns = n*train.get('accumulate', 1)
-    check(train.get('batch', turns) >= turns, f"`pretrain.batch` cannot be cut into {turns} shares of {n} processes: raise it")
+    check(train.get('batch', turns) >= turns,
+          f"`pretrain.batch` cannot be cut into {turns} shares of {n} processes: raise it")
     tune = cfg['finetune'].get('batch', 2*n)
-    check(tune % (2*n) == 0, f"`finetune.batch` is {tune}, and images are mixed in pairs in {n} processes: choose a multiple of {2*n}")
+    check(tune % (2*n) == 0,
+          f"`finetune.batch` is {tune}, and images are mixed in pairs in {n} processes: "
+          f"choose a multiple of {2*n}")
 
 def check_compiling(cfg, root):
     "See that a way to compile is known, and works with several processes and turns"
@@ -183,11 +195,13 @@ def check_warm_ups(cfg, root):
     "See that every training lasts longer than its warm-up"
     for block, f in dict(teacher=distil, pretrain=pretrain, finetune=finetune, segment=segment).items():
         if 'epochs' in (cfg[block] or {}):
-            of = {k: default for k, (_, default) in options_of(f).items()} | cfg[block]
+            of = defaults_of(f) | cfg[block]
             warm = of['warmup_epochs']
-            check(warm <= of['epochs'], f"`{block}.warmup_epochs` is {warm} of {of['epochs']} epochs: lower it")
+            check(warm <= of['epochs'],
+                  f"`{block}.warmup_epochs` is {warm} of {of['epochs']} epochs: lower it")
 
-RULES = check_models, check_optimizer, check_teacher, check_guide, check_batches, check_compiling, check_warm_ups
+RULES = (check_models, check_optimizer, check_teacher, check_guide, check_batches, check_compiling,
+         check_warm_ups)
 
 def check_profile(cfg, of, root):
     "Refuse a profile in which anything is wrong"
@@ -206,7 +220,8 @@ def check_training(params, cfg, name, given, path):
     changes = pick(params, 'ablations', name, path)
     made = changed(cfg, changes, f'ablations.{name}')
     check_profile(made, f'ablations.{name}', path.parent)
-    check('parts' in changes or 'teacher' not in changes, f"ablations.{name} changes `teacher` and not `parts`: write both")
+    check('parts' in changes or 'teacher' not in changes,
+          f"ablations.{name} changes `teacher` and not `parts`: write both")
     check('epochs' not in (made['teacher'] or {}) or made['teacher'] == cfg['teacher'],
           f"ablations.{name} trains a teacher: name one, or give `teacher.weights`")
     needed = needs(made, cfg)
@@ -221,7 +236,8 @@ def check_params(path, profile=None):
     cfg = pick(params, 'profiles', name, path)
     check_profile(cfg, f'profiles.{name}', path.parent)
     trainings, tuned = params.get('trainings'), params.get('tuned')
-    check(isinstance(trainings, dict) and trainings, f"{path} has no `trainings`: write {{semmae: runs/parts}}")
+    check(isinstance(trainings, dict) and trainings,
+          f"{path} has no `trainings`: write {{semmae: runs/parts}}")
     for training, given in trainings.items():
         check_training(params, cfg, training, given, path)
     known = isinstance(tuned, list) and all(isinstance(k, str) and k in trainings for k in tuned)

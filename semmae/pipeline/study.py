@@ -6,21 +6,19 @@
 __all__ = ['KEY', 'check_study', 'read_study', 'configure', 'rows_of', 'key_of', 'read_rows', 'add_row', 'score_of', 'judge',
            'dense_iou', 'Bench', 'train', 'measure', 'hardware', 'commit_of', 'OutOfTime', 'Clock', 'run_study',
            'words', 'in_short', 'chosen', 'by_seed', 'half_interval', 'ahead', 'print_ahead', 'difference',
-           'list_study', 'main']
+           'show_ahead', 'list_study', 'main']
 
 # %% ../../nbs/pipeline/glue/11_study.ipynb #7850df2a
 import argparse, itertools, json, math, os, subprocess, time
 from functools import cached_property, partial
 from pathlib import Path
 
-import numpy as np, torch
+import matplotlib.pyplot as plt, numpy as np, torch
 from scipy.stats import t as student
 
-from ..core import Count, Inner, SemmaeError, Whole, best_device, device_name, tidy
-from ..data import load_images
+from ..core import Count, Inner, SemmaeError, Whole, best_device, defaults_of, device_name, tidy
 from ..demo.draw import make_demo
 from ..evaluate import accuracy, features, knn, linear_probe, whiten
-from ..finetune import linear_head, part_iou, segmented
 from ..parts import SOURCES
 from .encoders import open_teacher
 from .guide import looks_at, make_guide
@@ -29,6 +27,8 @@ from .settings import Seed, check_types, model_of
 from .train import fresh_mae
 from .tune import tune
 from ..pretrain import GRAPH, pretrain
+from ..segment import linear_head, part_iou, segmented
+from ..sources import load_images
 from ..vit import autocast
 
 # %% ../../nbs/pipeline/glue/11_study.ipynb #cca54697
@@ -36,10 +36,11 @@ KEY = 'entry', 'ratio', 'epochs', 'seed', 'tuned'  # what tells the rows of a st
 
 def check_study(study, of):
     "Refuse a study with keys that are unknown, missing or of another type"
-    line = model_of(entries=(list[str], ...), seeds=(list[Seed], ...), ratio=(list[Inner | list[Inner]], None),
-                    epochs=(list[Whole], None), tuned=(bool, False))
+    line = model_of(entries=(list[str], ...), seeds=(list[Seed], ...),
+                    ratio=(list[Inner | list[Inner]], None), epochs=(list[Whole], None), tuned=(bool, False))
     draw = model_of(train=(Count, None), val=(Count, None), test=(Count, None))
-    model = model_of(profile=(str, ...), results=(str, ...), change=(dict, {}), draw=(draw, None), rows=(list[line], ...))
+    model = model_of(profile=(str, ...), results=(str, ...), change=(dict, {}), draw=(draw, None),
+                     rows=(list[line], ...))
     check_types(study, of, model)
 
 def read_study(root, name):
@@ -54,10 +55,11 @@ def read_study(root, name):
 def configure(study, row):
     "The profile that a row trains with"
     entry = row['entry']
-    cfg = changed(study['base'], pick(study['params'], 'ablations', entry, study['path']), f'ablations.{entry}')
-    old = cfg['pretrain']
+    cfg = changed(study['base'], pick(study['params'], 'ablations', entry, study['path']),
+                  f'ablations.{entry}')
+    old = defaults_of(pretrain) | cfg['pretrain']
     ratio, epochs = row.get('ratio', old['masking']['ratio']), row.get('epochs', old['epochs'])
-    warmup = round(old['warmup_epochs']*epochs/old['epochs'])  # the same share of the training
+    warmup = round(old['warmup_epochs']*epochs/max(1, old['epochs']))  # the same share of the training
     train = dict(masking=old['masking'] | dict(ratio=ratio), epochs=epochs, warmup_epochs=warmup)
     return changed(cfg, dict(seed=row['seed'], pretrain=train), f'studies: {entry}')
 
@@ -286,6 +288,25 @@ def difference(rows, score, which, base):
     star = '*' if abs(d) > half else ''
     return f'{mean}  {d:+5.1f}' + ('' if math.isnan(half) else f' ± {half:.1f}{star}')
 
+# %% ../../nbs/pipeline/glue/11_study.ipynb #95edcbd9
+def show_ahead(rows,      # label -> difference, half its interval
+               axis,
+               beside={}, # label -> what is said elsewhere
+               width=6):
+    "Differences as dots with their intervals, in colour where these miss zero"
+    fig, ax = plt.subplots(figsize=(width, .5 + .25*len(rows)), dpi=100, layout='constrained')
+    for y, (label, (d, half)) in enumerate(rows.items()):
+        ax.errorbar(d, y, xerr=half, fmt='o', ms=4, capsize=2,
+                    color='#3b6ea5' if abs(d) > half else '#9aa5b1')
+        if label in beside:
+            ax.plot(beside[label], y, 'x', ms=5, color='#b5562f')
+    ax.axvline(0, color='#1d2733', lw=.8)
+    ax.set_yticks(range(len(rows)), rows)
+    ax.invert_yaxis()
+    ax.set_xlabel(axis)
+    ax.spines[['top', 'right', 'left']].set_visible(False)
+    return fig
+
 # %% ../../nbs/pipeline/glue/11_study.ipynb #e3839a3e
 def list_study(root, name, log=print):
     "What is measured, what is next, and what it would cost"
@@ -307,10 +328,12 @@ def main():
     root = Path(__file__).parent.parent.parent
     parser = argparse.ArgumentParser('python -m semmae.pipeline.study', description=main.__doc__)
     parser.add_argument('study', help='one of `studies` in params.yaml')
-    parser.add_argument('--list', action='store_true', help='show what is measured, what is next, and its cost')
+    parser.add_argument('--list', action='store_true',
+                        help='show what is measured, what is next, and its cost')
     parser.add_argument('--minutes', type=float, default=math.inf, help='begin no row that would end later')
     parser.add_argument('--only', nargs='+', metavar='ENTRY', help='entries to measure')
-    parser.add_argument('--share', type=int, nargs=2, default=(0, 1), metavar=('K', 'N'), help='row K and every N-th after')
+    parser.add_argument('--share', type=int, nargs=2, default=(0, 1), metavar=('K', 'N'),
+                        help='row K and every N-th after')
     parser.add_argument('--source', metavar='FOLDER', help='where the images are')
     parser.add_argument('--out', metavar='FILE', help="add rows to this file; else to the study's own")
     args = parser.parse_args()

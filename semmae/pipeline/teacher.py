@@ -9,10 +9,10 @@ __all__ = ['val_knn', 'train_teacher', 'teacher_stage']
 from pathlib import Path
 
 from ..core import best_device, file_hash, write_csv, write_json
-from ..data import load_images
 from ..evaluate import accuracy, compare, features, knn, whiten
 from .encoders import check_labels, make_of, open_teacher
 from .params import read_params
+from ..sources import load_images
 from ..teacher import distil
 from ..train import join, world
 from ..vit import resize, save_encoder
@@ -23,14 +23,16 @@ def val_knn(train, val):
     def judge(encoder):
         x, y = (features(encoder, d)['cls'] for d in (train, val))
         white = whiten(x)
-        return {f'knn_{k}': accuracy(knn(white(x), t, white(y)), val.targets[k]) for k, t in train.targets.items()}
+        return {f'knn_{k}': accuracy(knn(white(x), t, white(y)), val.targets[k])
+                for k, t in train.targets.items()}
     return judge if train.targets else None
 
 def train_teacher(cfg, splits, checkpoint):
     "Train the encoder that `teacher` describes; it, and rows of what every epoch did"
     how = dict(cfg['teacher'])
     encoder, image = make_of(how.pop('encoder'), cfg), how.pop('image', None)
-    history = distil(encoder, splits[0].images, **how, seed=cfg['seed'], judge=val_knn(*splits[:2]), checkpoint=checkpoint)
+    history = distil(encoder, splits[0].images, **how, seed=cfg['seed'], judge=val_knn(*splits[:2]),
+                     checkpoint=checkpoint)
     return resize(encoder, image or cfg['data']['size']), history
 
 def teacher_stage(root, profile=None):
@@ -45,7 +47,8 @@ def teacher_stage(root, profile=None):
     if cfg['teacher']:
         trained = 'epochs' in cfg['teacher']
         checkpoint = Path(root)/'runs/unfinished/teacher.pt'
-        encoder, history = train_teacher(cfg, splits, checkpoint) if trained else (open_teacher(cfg['teacher'], root), None)
+        encoder, history = (train_teacher(cfg, splits, checkpoint) if trained
+                            else (open_teacher(cfg['teacher'], root), None))
         encoders['teacher'] = encoder.to(device)
     if world()[0] > 0:
         return

@@ -9,12 +9,13 @@ __all__ = ['MAIN', 'guide_of', 'left_out', 'fresh_mae', 'train_stage']
 from pathlib import Path
 
 from ..core import best_device, file_hash, write_csv, write_json
-from ..data import load_images, read_maps
+from ..images import read_maps
 from ..mae import MAE, save_mae
 from .encoders import check_labels, fresh_encoder, load_teacher, open_teacher
 from .guide import looks_at, make_guide, needs
 from .params import read_params
 from ..pretrain import pretrain
+from ..sources import load_images
 from ..train import join, run_process, world
 
 # %% ../../nbs/pipeline/glue/06_train.ipynb #7d01e006
@@ -66,7 +67,8 @@ def train_stage(root, profile=None, entry=MAIN):
     if history:
         write_csv(out/'loss.csv', history)
     loss = history[-1]['loss'] if history else None
-    about = dict(loss=loss, split='train', images=len(data), seed=cfg['seed'], checkpoint=file_hash(out/'encoder.safetensors'))
+    about = dict(loss=loss, split='train', images=len(data), seed=cfg['seed'],
+                 checkpoint=file_hash(out/'encoder.safetensors'))
     write_json(metrics, about)
 
 if __name__ == '__main__' and '__file__' in globals():  # not in a notebook

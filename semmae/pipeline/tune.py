@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np, torch
 
 from ..core import atomic, best_device, file_hash, read_json, write_json
-from ..data import ImageSet, few_labels, load_images
 from ..evaluate import accuracy
-from ..finetune import classified, finetune, linear_head, part_iou, segment, segmented
+from ..finetune import classified, finetune
+from ..images import ImageSet, few_labels
 from .encoders import fresh_encoder
 from .params import read_params
+from ..segment import linear_head, part_iou, segment, segmented
+from ..sources import load_images
 from ..train import join, world
 from ..vit import load_like
 
@@ -34,11 +36,12 @@ def take_labels(options):
 # %% ../../nbs/pipeline/glue/07_tune.ipynb #7d11e007
 def tune(cfg, encoder, train, test, # ImageSets
          checkpoint=None, log=print):
-    "Fine-tune an encoder on classes as a profile says; its answers to the test images, its last loss, how many labels"
+    "Fine-tune an encoder on classes; its answers to the test images, its last loss, how many labels"
     (share, options), names = take_labels(cfg['finetune']), train.classes['class']
     ids = few_labels(train.targets['class'], share, cfg['seed'], names)
     images, classes = train.images[ids], train.targets['class'][ids]
-    model, history = finetune(encoder, images, classes, len(names), **options, seed=cfg['seed'], checkpoint=checkpoint, log=log)
+    model, history = finetune(encoder, images, classes, len(names), **options, seed=cfg['seed'],
+                              checkpoint=checkpoint, log=log)
     return classified(model, test.images), history[-1]['loss'], len(ids)
 
 def finetune_stage(root, profile=None, entry='semmae'):
@@ -57,7 +60,8 @@ def finetune_stage(root, profile=None, entry='semmae'):
     true = test.targets['class']
     write_json(out/'answers.json', dict(names=train.classes['class'], true=true.tolist(), said=pred.tolist()))
     scores = dict(accuracy=accuracy(pred, true), loss=loss)
-    write_json(metrics, dict(split='test', images=len(test), labelled=n, seed=cfg['seed'], checkpoint=key) | scores)
+    write_json(metrics,
+               dict(split='test', images=len(test), labelled=n, seed=cfg['seed'], checkpoint=key) | scores)
 
 # %% ../../nbs/pipeline/glue/07_tune.ipynb #7d11e009
 def segment_stage(root, profile=None, entry='semmae'):
@@ -69,7 +73,8 @@ def segment_stage(root, profile=None, entry='semmae'):
     train, val, test = (d.to(device) for d in load_images(**cfg['data'], root=root))
     if train.parts is None or not found:
         return write_json(metrics, {})
-    (encoder, key), size, n_parts = found, test.parts.shape[1:], int(max(d.parts.max() for d in (train, val, test))) + 1
+    (encoder, key), size, n_parts = (found, test.parts.shape[1:],
+                                     int(max(d.parts.max() for d in (train, val, test))) + 1)
     share, options = take_labels(cfg['segment'])
     ids = few_labels(torch.zeros(len(train), dtype=torch.long), share, cfg['seed']).to(device)
     some = ImageSet(train.images[ids], parts=train.parts[ids])
@@ -82,4 +87,5 @@ def segment_stage(root, profile=None, entry='semmae'):
     with atomic(out/'maps.npz') as tmp, open(tmp, 'wb') as f:
         np.savez_compressed(f, **{k: m[:8].byte().cpu().numpy() for k, m in maps.items()})
     scores = {k: part_iou(m, test.parts, n_parts).nanmean().item() for k, m in maps.items()}
-    write_json(metrics, dict(split='test', images=len(test), labelled=len(some), seed=cfg['seed'], checkpoint=key) | scores)
+    write_json(metrics, dict(split='test', images=len(test), labelled=len(some), seed=cfg['seed'],
+                             checkpoint=key) | scores)
