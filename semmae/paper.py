@@ -100,7 +100,7 @@ def learning_parts(images, encoder, n_parts=6, block=None, diversity=1., steps=4
     "The paper's parts after every step of learning them"
     gen = generator(seed, 'paper')
     whole, patches = heard(encoder, images, block)
-    (h, w), dim = patches.shape[1:3], whole.shape[1]
+    h, dim = patches.shape[1], whole.shape[1]
     check_parts(n_parts, patches)
     doublings = max(k for k in range(3) if k == 0 or h*2**k <= images.shape[2])
     with torch.random.fork_rng(devices=[]):

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from semmae.core import SemmaeError, generator
 from semmae.images import ImageSet
-from semmae.learn import (Learned, information, labelled, learn_parts, load_learned, look_closely, neighbours,
+from semmae.learn import (information, labelled, learn_parts, load_learned, look_closely, neighbours,
                           new_nets, paste, told)
 from semmae.paper import PaperParts, PartTokens, StyleDecoder, alike, heard, learn_paper_parts
 from semmae.parts import make_parts, score_parts

@@ -15,7 +15,6 @@ from conftest import ROOT, environment, sh, wait_for
 from nbformat.v4 import new_code_cell, new_notebook
 
 from semmae.core import SemmaeError
-from semmae.pipeline.parts import parts_stage
 from semmae.pipeline.teacher import teacher_stage
 from semmae.pipeline.train import train_stage
 from semmae.pipeline.tune import finetune_stage, segment_stage
@@ -152,7 +151,7 @@ def test_forgotten_export(done):
 
 @pytest.mark.parametrize('module, old, new, again', [
     ('02_show', '#3b6ea5', '#b5562f', {'report'}),
-    ('06_attend', 'A head of an image', 'One head of an image', set(STAGES)),
+    ('06_attend', 'Attend within a head', 'Attend inside a head', set(STAGES)),
     ('04_masking', 'Hide patches uniformly at random', 'Hide patches at random', {*TRAIN, 'report'}),
     ('pipeline/glue/03_settings', 'is not a whole number', 'is no whole number', set())])
 def test_an_edit_reruns_what_uses_it(done, module, old, new, again):

@@ -10,7 +10,7 @@ import torch
 import yaml
 from PIL import Image
 
-from semmae.core import SemmaeError, generator, read_json
+from semmae.core import SemmaeError, generator
 from semmae.pipeline.params import read_params, read_yaml
 from semmae.pipeline.parts import parts_stage
 from semmae.pipeline.settings import check_params
@@ -133,7 +133,7 @@ def fuzz_runs(folder, n, seed=0):
 
 
 def test_of_random_edits_none_ends_in_a_traceback(tmp_path):
-    assert 150 < fuzz_checks(tmp_path, 300) < 300
+    assert 100 < fuzz_checks(tmp_path, 200) < 200
 
 
 @pytest.fixture
@@ -146,11 +146,13 @@ def test_what_is_not_refused_runs(tmp_path, quiet):
 
 
 @pytest.mark.parametrize('profile', PROFILES)
-def test_every_profile_and_every_entry_is_right(profile):
-    for entry in read_yaml(ROOT/'params.yaml')['ablations']:
-        refused_here = refused(lambda: read_params(ROOT/'params.yaml', profile, entry))
-        small = profile in ('smoke', 'demo_teacher') or entry in ('patch_2', 'outside')
-        assert not refused_here or small, entry
+def test_every_profile_is_right(profile):
+    read_params(ROOT/'params.yaml', profile)
+
+
+@pytest.mark.parametrize('entry', read_yaml(ROOT/'params.yaml')['ablations'])
+def test_every_entry_is_right(entry):
+    read_params(ROOT/'params.yaml', 'cifar10', entry)
 
 
 def test_every_study_is_right():
@@ -167,9 +169,9 @@ def test_all_wrong_keys_are_named_at_once(tmp_path):
     (tmp_path/'params.yaml').write_text(yaml.safe_dump(params))
     with pytest.raises(SemmaeError) as e:
         read_params(tmp_path/'params.yaml', 'tiny')
-    for key in ('decoder.width is null', 'decoder.depht is not known: write depth',
-                'pretrain.masking.ratio is 2', 'masking.gama is not known: write gamma'):
-        assert f'profiles.tiny.{key}' in str(e.value) or key in str(e.value)
+    for key in ('decoder.width', 'decoder.depht', 'pretrain.masking.ratio', 'pretrain.masking.gama'):
+        assert f'profiles.tiny.{key} ' in str(e.value)
+    assert 'depth' in str(e.value) and 'gamma' in str(e.value), 'the nearest known key'
 
 
 def test_what_fits_only_together_is_named_as_well(tmp_path):

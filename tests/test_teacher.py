@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from conftest import ROOT
 from worker import teach
 
-from semmae.core import SemmaeError, generator, read_json, write_json
+from semmae.core import SemmaeError, generator
 from semmae.sources import load_images
 from semmae.teacher import (Distiller, Told, Views, balance, distil, place, random_blocks, random_colours,
                             shared, view)
