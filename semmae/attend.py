@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TILES', 'rows_of', 'put_rows', 'attend_kernel', 'gradient_kernel', 'keys_of', 'fits', 'attend', 'attend_gradient',
-           'remember', 'Together', 'together']
+           'remember', 'Together', 'is_plain', 'together']
 
 # %% ../nbs/06_attend.ipynb #d03c9fd9
 import torch, triton, triton.language as tl
@@ -121,6 +121,11 @@ attend.register_autograd(lambda ctx, dout, _: (attend_gradient(*ctx.saved_tensor
 # %% ../nbs/06_attend.ipynb #3f699207
 class Together(Attention):
     "timm's attention, few tokens in one piece"
+    def __init__(self, attention, room): # bytes that a program may have of a multiprocessor's memory
+        nn.Module.__init__(self)
+        vars(self).update(vars(attention))  # the same weights, under the same names
+        self.room = room
+
     def forward(self, x, *args, **kw):
         masked = any(a is not None and a is not False for a in (*args, *kw.values()))
         if (masked or not x.is_cuda or not fits(x.shape[1], self.head_dim, self.room)
@@ -131,9 +136,15 @@ class Together(Attention):
             return super().forward(x, *args, **kw)
         return self.proj_drop(self.proj(attend(qkv, self.num_heads)[0]))
 
-def together(module, room): # bytes that a program may have of a multiprocessor's memory
-    "Let a module's attention run in one piece, if it can"
-    same = lambda m: m is None or isinstance(m, nn.Identity)
-    if (type(module) is Attention and module.head_dim in (16, 32, 64)
-            and all(same(getattr(module, k, None)) for k in ('q_norm', 'k_norm', 'norm', 'gate'))):
-        module.__class__, module.room = Together, room
+def is_plain(module):
+    "Whether a module is an attention that can run in one piece"
+    nothing = lambda m: m is None or isinstance(m, nn.Identity)
+    return (type(module) is Attention and module.head_dim in (16, 32, 64)
+            and all(nothing(getattr(module, k, None)) for k in ('q_norm', 'k_norm', 'norm', 'gate')))
+
+def together(model, room):
+    "Let a model's attentions run in one piece, those that can"
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if is_plain(child):
+                setattr(parent, name, Together(child, room))

@@ -98,13 +98,13 @@ def learn_labels(encoder, images, targets, n_out, pool,
         prepare(model, images.device).train()
     opt = create_optimizer_v2(model, 'adamw', lr=lr, weight_decay=weight_decay, layer_decay=layer_decay)
     rate = lambda step: lr_at(step, batches.steps, warmup*batches.per_epoch, lr*batch/256)
-    whole = DistributedDataParallel(model) if ranks > 1 else model
+    parallel = DistributedDataParallel(model) if ranks > 1 else model
     def learn(step):
         for group in opt.param_groups:
             group['lr'] = rate(step)*group['lr_scale']
         imgs, now = mix(*batches.at(step), step)
         with autocast(imgs.device):
-            out = whole(imgs)
+            out = parallel(imgs)
         value = loss(out.float(), now)*len(imgs)/batch
         (value*ranks).backward()  # the processes' gradients are averaged
         opt.step()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIT', 'IMAGENET', 'ImageSet', 'some_images', 'read_sheet', 'few_labels', 'random_boxes', 'random_flips',
-           'resize_weights', 'crop', 'uncropped', 'whole', 'check_labels', 'crop_parts', 'whole_parts', 'normalize',
+           'resize_weights', 'crop', 'uncropped', 'resized', 'check_labels', 'crop_parts', 'resized_parts', 'normalize',
            'unnormalize', 'data_key', 'check_maps', 'write_maps', 'read_maps']
 
 # %% ../nbs/01_images.ipynb #8aa1e003
@@ -132,7 +132,7 @@ def uncropped(x):
     return (torch.tensor([0., 0., 1., 1.], device=x.device).expand(len(x), 4),
             torch.zeros(len(x), dtype=torch.bool, device=x.device))
 
-def whole(images, size):
+def resized(images, size):
     "Whole images at another size, (B,C,*size) in float"
     if tuple(images.shape[2:]) == tuple(size):
         return images.float()
@@ -155,7 +155,7 @@ def crop_parts(parts,     # (B,h,w) labels on any grid
     each = parts[:, None] == torch.arange(n_parts, device=parts.device)[:, None, None]  # (B,n_parts,h,w)
     return crop(each, boxes, flips, size, 'area').argmax(1)
 
-def whole_parts(parts, size, n_parts, batch=250):
+def resized_parts(parts, size, n_parts, batch=250):
     "Whole part maps on another grid"
     if tuple(parts.shape[1:]) == tuple(size):
         return parts.long()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'agreement', 'counts', 'matching', 'matched_iou', 'foreground_iou', 'called_iou', 'score_parts', 'control',
-           'score_keypoints', 'read_cub', 'looks', 'cells', 'k_means', 'nearest', 'part_source', 'Looking',
+           'score_keypoints', 'read_cub', 'look_through', 'cells', 'k_means', 'nearest', 'part_source', 'Looking',
            'head_parts', 'k_means_parts', 'TwoLevel', 'two_level_parts', 'Grid', 'grid_parts', 'used', 'open_parts',
            'regions', 'closest', 'rename', 'make_parts', 'judge_parts', 'hardest']
 
@@ -21,7 +21,7 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from torch.nn import functional as F
 
 from .core import Inner, Layers, Parts, Size, check, generator, options_of
-from .images import check_labels, read_maps, some_images, whole_parts
+from .images import check_labels, read_maps, some_images, resized_parts
 from .train import prepare
 from .vit import Seen, check_parts, gather, look_at
 
@@ -57,7 +57,7 @@ def foreground_iou(inside, cells): # of every label: cells in the true foregroun
 def called_iou(pred, true, background=0): # (N,h,w) labels, (N,H,W) true parts
     "IoU of the true foreground with what is called foreground, labels above 0"
     called, front = ((pred > 0).cpu(),
-                     (whole_parts(true, pred.shape[1:], int(true.max()) + 1) != background).cpu())
+                     (resized_parts(true, pred.shape[1:], int(true.max()) + 1) != background).cpu())
     return float((called & front).sum()/(called | front).sum().clamp(min=1))
 
 # %% ../nbs/10_parts.ipynb #6634f504
@@ -72,7 +72,7 @@ def score_parts(pred,          # (N,h,w) labels
     n_pred, n_true = n_parts or int(pred.max()) + 1, int(true.max()) + 1
     check_labels(pred, n_pred)
     p, t = (x.cpu().numpy().ravel().astype(np.int64)
-            for x in (pred, whole_parts(true, pred.shape[1:], n_true)))
+            for x in (pred, resized_parts(true, pred.shape[1:], n_true)))
     fg = t != background
     check(fg.any(), f"the true parts are all {background}, the background: give images with a foreground")
     table = counts(p, t, n_pred, n_true)
@@ -134,7 +134,7 @@ def read_cub(folder, # CUB_200_2011
     return out
 
 # %% ../nbs/10_parts.ipynb #be01fc7f
-def looks(encoder, images, blocks, batch=50):
+def look_through(encoder, images, blocks, batch=50):
     "What the encoder says of images at some blocks, batch by batch"
     prepare(encoder, images.device).eval()
     for imgs in images.split(batch):
@@ -145,8 +145,8 @@ def cells(encoder, images, blocks,
           seed=0):
     "What the encoder says of some cells of images: a Seen a block, of tokens (m,D) and attention (m,heads)"
     out = [[] for _ in blocks]
-    for k, seen in enumerate(looks(encoder, images, blocks)):
-        B, L = len(seen[0].whole), seen[0].patches[0, ..., 0].numel()
+    for k, seen in enumerate(look_through(encoder, images, blocks)):
+        B, L = len(seen[0].class_token), seen[0].patches[0, ..., 0].numel()
         ids = torch.rand(B, L, generator=generator(seed, 'cells', k)).argsort(1)[:, :n].to(images.device)
         for s, kept in zip(seen, out):
             kept.append([gather(s.patches.flatten(1, 2), ids).flatten(0, 1),
@@ -185,7 +185,7 @@ class Looking:
 
     def predict(self, images): # (B,C,H,W), bytes
         "Labels (B,h,w)"
-        return torch.cat([self.label(*seen) for seen in looks(self.encoder, images, self.blocks)])
+        return torch.cat([self.label(*seen) for seen in look_through(self.encoder, images, self.blocks)])
 
 @part_source('heads')
 def head_parts(images, encoder, block: Layers | None = None, seed=0):
@@ -286,10 +286,10 @@ def regions(encoder, images, maps, # (N,h,w)
             block=None):
     "Mean token of every label in every image, of length 1, (N,n_parts,D); zero where a label is missing"
     # (N,h,w,D)
-    tokens = torch.cat([F.normalize(s.patches, dim=3) for s, in looks(encoder, images, [block])])
+    tokens = torch.cat([F.normalize(s.patches, dim=3) for s, in look_through(encoder, images, [block])])
     n_parts = int(maps.max()) + 1
     # (N,L,n_parts)
-    each = F.one_hot(whole_parts(maps, tokens.shape[1:3], n_parts).flatten(1), n_parts).float()
+    each = F.one_hot(resized_parts(maps, tokens.shape[1:3], n_parts).flatten(1), n_parts).float()
     return F.normalize(each.mT @ tokens.flatten(1, 2), dim=2)
 
 def closest(found,  # from `regions`
@@ -307,7 +307,7 @@ def closest(found,  # from `regions`
 def rename(pred, true):
     "Labels called what the best matching with true parts (on a grid of their own) calls them"
     n_pred, n_true = int(pred.max()) + 1, int(true.max()) + 1
-    true = whole_parts(true, pred.shape[1:], n_true)
+    true = resized_parts(true, pred.shape[1:], n_true)
     _, labels, parts = matching(counts(pred.cpu().flatten(), true.cpu().flatten(), n_pred, n_true))
     names = np.full(n_pred, -1)
     names[labels] = parts
@@ -344,6 +344,6 @@ def judge_parts(maps,         # (N,h,w)
 
 def hardest(maps, true): # (N,h,w) both
     "Images in order of what their maps tell of their true parts, least first"
-    true = whole_parts(true, maps.shape[1:], int(true.max()) + 1)
+    true = resized_parts(true, maps.shape[1:], int(true.max()) + 1)
     told = [score_parts(m[None], t[None])['nmi'] if len(t.unique()) > 1 else 1. for m, t in zip(maps, true)]
     return torch.tensor(told).argsort()

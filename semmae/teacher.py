@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GREY', 'random_colours', 'view', 'place', 'random_blocks', 'Standard', 'Head', 'everywhere', 'balance', 'cross',
-           'Told', 'Distiller', 'shared', 'check_bits', 'Views', 'rise', 'distil']
+           'Sums', 'Distiller', 'shared_bits', 'check_bits', 'Views', 'rise', 'distil']
 
 # %% ../nbs/09_teacher.ipynb #d5778e1d
 import copy, math
@@ -123,7 +123,7 @@ def cross(p, log_q):
     return -(p*log_q).sum(1)
 
 # %% ../nbs/09_teacher.ipynb #2b7a5d28
-class Told(NamedTuple):
+class Sums(NamedTuple):
     "What the teacher told in a step, sums over the batch"
     scores: torch.Tensor   # (2,K) of class tokens, of hidden patches
     tokens: torch.Tensor   # (2,) how many of each
@@ -145,7 +145,7 @@ class Distiller(nn.Module):
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
         self.register_buffer('centres', torch.zeros(2, n_words))           # of class tokens, of patch tokens
 
-    def say(self, who, imgs, hide, token=None):
+    def scores_of(self, who, imgs, hide, token=None):
         "Scores of class tokens (B,K) and of the patches in `hide` (M,K)"
         tokens = encode(who['encoder'], imgs, hide=None if token is None else hide, token=token)
         return (who['head'](tokens[:, 0]).float(),
@@ -154,10 +154,10 @@ class Distiller(nn.Module):
     def forward(self, large, hide, small, seen, sharp, soft=.1):
         "The loss, and what the teacher told"
         with torch.no_grad():
-            scores = self.say(self.teacher, large, hide)
+            scores = self.scores_of(self.teacher, large, hide)
             whole, patches = (balance(x, sharp) if self.balanced else ((x - c)/sharp).softmax(1)
                               for x, c in zip(scores, self.centres))
-        mine, painted = ((x/soft).log_softmax(1) for x in self.say(self.student, large, hide, self.token))
+        mine, painted = ((x/soft).log_softmax(1) for x in self.scores_of(self.student, large, hide, self.token))
         (a, b), (p, q) = whole.chunk(2), mine.chunk(2)
         pairs = [cross(a, q), cross(b, p)]
         if len(small):
@@ -167,22 +167,22 @@ class Distiller(nn.Module):
         # an image counts once, however much of it is hidden
         rare = 1/hide.sum(1, keepdim=True).expand_as(hide)[hide]
         masked = (cross(patches, painted)*rare).sum()/len(hide)
-        told = Told(torch.stack([s.sum(0) for s in scores]), whole.new_tensor([len(whole), len(patches)]),
+        sums = Sums(torch.stack([s.sum(0) for s in scores]), whole.new_tensor([len(whole), len(patches)]),
                     torch.stack([a.sum(0), b.sum(0)]), (a*b).sum())
-        return torch.stack(pairs).mean() + masked, told
+        return torch.stack(pairs).mean() + masked, sums
 
     @torch.no_grad()
-    def follow(self, told, momentum, centring=.9):
+    def follow(self, sums, momentum, centring=.9):
         "The teacher moves towards the student, its centres towards its scores"
         for t, s in zip(self.teacher.parameters(), self.student.parameters()):
             t.lerp_(s, 1 - momentum)
-        n = told.tokens[:, None]
-        self.centres.lerp_(torch.where(n > 0, told.scores/n.clamp(min=1), self.centres), 1 - centring)
+        n = sums.tokens[:, None]
+        self.centres.lerp_(torch.where(n > 0, sums.scores/n.clamp(min=1), self.centres), 1 - centring)
 
 # %% ../nbs/09_teacher.ipynb #4e3df06e
-def shared(told): # of the steps of an epoch
+def shared_bits(steps): # of the steps of an epoch
     "How much likelier two views of one image get the same word than views of two images, in bits"
-    _, tokens, answers, agree = (sum(x) for x in zip(*told))
+    _, tokens, answers, agree = (sum(x) for x in zip(*steps))
     n = tokens[0]/2  # images
     first, second = answers/n
     return (agree/n/(first @ second)).clamp(min=1e-6).log2().item()
@@ -250,27 +250,27 @@ def distil(encoder,           # fresh; trained in place, in the end the average 
     key = run_key('teacher', images, model=repr((encoder, encoder.recipe)),
                   options=(epochs, batch, lr, warmup_epochs, weight_decay, momentum, sharp, n_words,
                            balanced, clip, judge_every, large, small, n_small, seed))
-    state, told = checkpoint and Checkpoint(checkpoint, key, both=both, opt=opt), []
+    state, steps = checkpoint and Checkpoint(checkpoint, key, both=both, opt=opt), []
     def learn(step):
         for group in opt.param_groups:
             group['lr'] = lr_at(step, views.steps, warmup_epochs*views.per_epoch, lr*batch/256)
         seen = views.at(step, rank, ranks)
         with autocast(images.device):
-            loss, said = model(*seen, sharp)
+            loss, sums = model(*seen, sharp)
         loss = loss*len(seen[0])/(2*batch)                                 # this process's share
         (loss*ranks).backward()                                            # of which the average is taken
         if clip:
             nn.utils.clip_grad_norm_(both.student.parameters(), clip)
         opt.step()
         opt.zero_grad()
-        said = Told(*map(everywhere, said))
-        both.follow(said, rise(step/views.steps, momentum, 1.))
-        told.append(said)
+        sums = Sums(*map(everywhere, sums))
+        both.follow(sums, rise(step/views.steps, momentum, 1.))
+        steps.append(sums)
         return loss.detach()
     judged = judge(both.teacher['encoder']) if judge else {}
     def row(epoch):
-        bits = shared(told)
-        told.clear()
+        bits = shared_bits(steps)
+        steps.clear()
         check_bits(bits, epoch, warmup_epochs)
         now = judge and (epoch % judge_every == 0 or epoch == epochs)
         return dict(bits=bits) | (judge(both.teacher['encoder']) if now else dict.fromkeys(judged, math.nan))

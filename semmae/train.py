@@ -28,8 +28,7 @@ def prepare(model, device):
     if (device.type == 'cuda' and find_spec('triton')
             and (gpu := torch.cuda.get_device_properties(device)).major >= 8):
         from semmae.attend import together
-        for m in model.modules():
-            together(m, gpu.shared_memory_per_block_optin)
+        together(model, gpu.shared_memory_per_block_optin)
     return model.to(device)
 
 # %% ../nbs/07_train.ipynb #20172986

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from .core import (Amount, Layers, SemmaeError, Side, Size, Unit, Whole, Width, atomic, check,
                          generator, grid_size, patchify)
-from .images import IMAGENET, normalize, whole
+from .images import IMAGENET, normalize, resized
 
 # %% ../nbs/03_vit.ipynb #5dc95bc8
 def sincos(grid, # (rows, columns)
@@ -111,7 +111,7 @@ def pixels_of(vit, images):
     check(images.shape[1] == vit.patch_embed.proj.in_channels,
           f"the encoder looks at images of {vit.patch_embed.proj.in_channels} channels "
           f"and these have {images.shape[1]}: set `data.channels`")
-    return normalize(whole(images, vit.patch_embed.img_size), vit.stats)
+    return normalize(resized(images, vit.patch_embed.img_size), vit.stats)
 
 # %% ../nbs/03_vit.ipynb #91a99c9d
 def gather(x, ids):
@@ -274,7 +274,7 @@ def fill(vit, name, path):
 # %% ../nbs/03_vit.ipynb #61d3898e
 class Seen(NamedTuple):
     "What an encoder says of images at a block"
-    whole: torch.Tensor      # (B,D) class token; where there is none, the mean of the patches
+    class_token: torch.Tensor      # (B,D) class token; where there is none, the mean of the patches
     patches: torch.Tensor    # (B,h,w,D)
     # (B,heads,h,w): how much the class token looks at each patch; where there is none, the patches on average
     attention: torch.Tensor

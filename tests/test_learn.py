@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 from semmae.core import SemmaeError, generator
 from semmae.images import ImageSet
-from semmae.learn import (information, labelled, learn_parts, load_learned, look_closely, neighbours,
-                          new_nets, paste, told)
-from semmae.paper import PaperParts, PartTokens, StyleDecoder, alike, heard, learn_paper_parts
+from semmae.learn import (mutual_information, labelled, learn_parts, load_learned, look_closely, neighbours,
+                          new_nets, paste, neighbour_information)
+from semmae.paper import PaperParts, PartTokens, StyleDecoder, alike, standard_tokens, learn_paper_parts
 from semmae.parts import make_parts, score_parts
 from semmae.sources import load_images
 from semmae.vit import Seen, make_encoder
@@ -25,9 +25,9 @@ def front_of(seed, n=3, h=5, w=6):
 @given(st.integers(0, 10**6), st.integers(2, 6))
 def test_information_is_sklearns(seed, n):
     met = torch.randint(1, 50, (n, n), generator=generator(seed)).double()
-    assert information(met).item() == pytest.approx(
+    assert mutual_information(met).item() == pytest.approx(
         mutual_info_score(None, None, contingency=(met + met.mT).long().numpy()), abs=1e-4)
-    assert information(7*met).item() == pytest.approx(information(met).item(), abs=1e-6), (
+    assert mutual_information(7*met).item() == pytest.approx(mutual_information(met).item(), abs=1e-6), (
         'how many were counted does not matter')
 
 
@@ -49,24 +49,24 @@ def test_what_is_told_is_told_over_all_images_and_within_each(across):
         p, q = labelled(nets, one[b, i][None])[:, 0], labelled(nets, other[b, j][None])[:, 0]
         met[:, b] += p[:, :, None]*q[:, None]
     for k in range(2):
-        each = sum(information(met[k, b]) for b in range(3))/3
-        assert told(nets, one, other, front, (1, -1), across)[k] == pytest.approx(
-            (across*information(met[k].sum(0)) + (1 - across)*each).item(), abs=1e-5)
+        each = sum(mutual_information(met[k, b]) for b in range(3))/3
+        assert neighbour_information(nets, one, other, front, (1, -1), across)[k] == pytest.approx(
+            (across*mutual_information(met[k].sum(0)) + (1 - across)*each).item(), abs=1e-5)
 
 
 def test_an_image_without_a_pair_does_not_count():
     front = front_of(3)
     nets, x = new_nets(2, 4, 3, generator(2)), torch.randn(3, 30, 4, generator=generator(1))
     lone = torch.cat([front, torch.zeros(1, 5, 6, dtype=torch.bool)])
-    assert torch.allclose(told(nets, x, x, front, (0, 1), .5),
-                          told(nets, torch.cat([x, x[:1]]), torch.cat([x, x[:1]]), lone, (0, 1), .5))
+    assert torch.allclose(neighbour_information(nets, x, x, front, (0, 1), .5),
+                          neighbour_information(nets, torch.cat([x, x[:1]]), torch.cat([x, x[:1]]), lone, (0, 1), .5))
 
 
 def test_a_step_without_a_pair_teaches_nothing_and_does_no_harm():
     nets = {k: v.requires_grad_() for k, v in new_nets(2, 4, 3, generator(2)).items()}
     x, front = torch.randn(3, 30, 4, generator=generator(1)), torch.zeros(3, 5, 6, dtype=torch.bool)
     front[:, 2, 2] = True  # and no neighbour
-    some = told(nets, x, x, front, (0, 1), .5)
+    some = neighbour_information(nets, x, x, front, (0, 1), .5)
     some.sum().backward()
     assert some.isfinite().all() and all(v.grad is None or v.grad.isfinite().all() for v in nets.values())
 
@@ -78,7 +78,7 @@ def test_of_many_pairs_every_so_manieth_is_looked_at():
     met = torch.zeros(2, 3, 9).index_add(
         1, b, (labelled(nets, x[b, i])[..., None]*labelled(nets, x[b, j])[..., None, :]).flatten(2)
     ).unflatten(2, (3, 3))
-    assert torch.allclose(told(nets, x, x, front, (0, 1), 1, most=24), information(met.sum(1)), atol=1e-5)
+    assert torch.allclose(neighbour_information(nets, x, x, front, (0, 1), 1, most=24), mutual_information(met.sum(1)), atol=1e-5)
 
 
 def test_pasting_keeps_the_foreground_and_no_background():
@@ -266,7 +266,7 @@ def test_the_papers_way_keeps_maps_apart_and_rebuilds_an_image_from_its_own(pain
         # one part is too small to outlive the blur
         parts = learn_paper_parts(images[:30], encoder, n_parts=3, steps=steps)
         with torch.no_grad():
-            whole, patches = heard(encoder, images[30:])
+            whole, patches = standard_tokens(encoder, images[30:])
             maps = parts.maps(whole, patches)
             true = F.interpolate(images[30:].float()/127.5 - 1, parts.decoder(maps, whole).shape[2:],
                                  mode='area')

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from semmae.core import SemmaeError, generator
-from semmae.images import ImageSet, read_maps, whole_parts, write_maps
+from semmae.images import ImageSet, read_maps, resized_parts, write_maps
 from semmae.parts import (called_iou, closest, control, foreground_iou, hardest, judge_parts, make_parts,
                           matched_iou, open_parts, read_cub, regions, score_keypoints, score_parts)
 from semmae.pipeline.report import few_maps
@@ -314,7 +314,7 @@ def test_the_truth_is_brought_to_the_maps_where_it_is():
     "On whatever device: with tensors that have none of their own"
     from torch._subclasses.fake_tensor import FakeTensorMode
     with FakeTensorMode():
-        assert whole_parts(torch.zeros(3, 8, 8, dtype=torch.uint8, device='cuda'),
+        assert resized_parts(torch.zeros(3, 8, 8, dtype=torch.uint8, device='cuda'),
                            (4, 4), 5).device.type == 'cuda'
 
 

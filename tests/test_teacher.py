@@ -10,8 +10,8 @@ from worker import teach
 
 from semmae.core import SemmaeError, generator
 from semmae.sources import load_images
-from semmae.teacher import (Distiller, Told, Views, balance, distil, place, random_blocks, random_colours,
-                            shared, view)
+from semmae.teacher import (Distiller, Sums, Views, balance, distil, place, random_blocks, random_colours,
+                            shared_bits, view)
 from semmae.vit import encode, make_encoder
 
 IMAGES = torch.randint(0, 256, (40, 3, 40, 40), dtype=torch.uint8, generator=generator('images'))
@@ -43,7 +43,7 @@ def test_the_loss_is_what_ibot_says(balanced, n_small):
         p.add_(torch.randn(p.shape, generator=generator('other', k))*.1)
     both.centres.copy_(torch.randn(2, 12, generator=generator('centres'))*.1)
     large, hide, small, seen = views(n_small=n_small)
-    loss, told = both(large, hide, small, seen, .05)
+    loss, sums = both(large, hide, small, seen, .05)
 
     tokens = encode(both.teacher['encoder'], large)
     head = both.teacher['head']
@@ -62,9 +62,9 @@ def test_the_loss_is_what_ibot_says(balanced, n_small):
               if hide[i].any() else torch.tensor(0.) for i in range(12)]
     assert loss.item() == pytest.approx(-(torch.stack([torch.stack(p) for p in pairs]).mean()
                                           + torch.stack(masked).mean()).item(), abs=1e-5)
-    assert (torch.allclose(told.answers, whole.view(2, 6, 12).sum(1), atol=1e-5)
-            and told.tokens.tolist() == [12, int(hide.sum())])
-    assert told.agree.item() == pytest.approx(sum((whole[i] @ whole[i + 6]).item() for i in range(6)),
+    assert (torch.allclose(sums.answers, whole.view(2, 6, 12).sum(1), atol=1e-5)
+            and sums.tokens.tolist() == [12, int(hide.sum())])
+    assert sums.agree.item() == pytest.approx(sum((whole[i] @ whole[i + 6]).item() for i in range(6)),
                                               abs=1e-5)
 
 
@@ -72,15 +72,15 @@ def test_the_teacher_follows_and_is_not_taught():
     both = Distiller(encoder(), n_words=12, balanced=False)
     both.student['head'].words.data += 1
     before = both.teacher['head'].words.clone()
-    loss, told = both(*views(), .05)
+    loss, sums = both(*views(), .05)
     loss.backward()
     assert (all(p.grad is None for p in both.teacher.parameters())
             and all(p.grad is not None for p in both.student.parameters()))
-    both.follow(told, .75, centring=.5)
+    both.follow(sums, .75, centring=.5)
     assert torch.allclose(both.teacher['head'].words, .75*before + .25*both.student['head'].words)
-    assert torch.allclose(both.centres[0], .5*told.scores[0]/12, atol=1e-6)
+    assert torch.allclose(both.centres[0], .5*sums.scores[0]/12, atol=1e-6)
     kept = both.centres[1].clone()
-    both.follow(told._replace(tokens=torch.tensor([12, 0])), 1.)  # nothing was hidden
+    both.follow(sums._replace(tokens=torch.tensor([12, 0])), 1.)  # nothing was hidden
     assert torch.equal(both.centres[1], kept)
 
 
@@ -98,11 +98,11 @@ def test_bits_say_how_much_likelier_two_views_of_one_image_agree():
     "Against all pairs of images, one by one; cut into steps as it comes"
     a, b = (torch.rand(30, 7, generator=generator(k)).softmax(1) for k in 'ab')
     b = (a + b)/2
-    told = [Told(torch.zeros(2, 7), torch.tensor([2*len(x), 0]), torch.stack([x.sum(0), y.sum(0)]),
+    steps = [Sums(torch.zeros(2, 7), torch.tensor([2*len(x), 0]), torch.stack([x.sum(0), y.sum(0)]),
                  (x*y).sum()) for x, y in zip(a.split(20), b.split(20))]
     agree = [[(x @ y).item() for y in b] for x in a]
     own, any = sum(agree[i][i] for i in range(30))/30, sum(map(sum, agree))/900
-    assert shared(told) == pytest.approx(math.log2(own/any), abs=1e-5)
+    assert shared_bits(steps) == pytest.approx(math.log2(own/any), abs=1e-5)
 
 
 ART = load_images('data', ['train'], root=ROOT, size=(32, 32), limit=64)[0].images
@@ -137,9 +137,9 @@ def test_the_result_is_the_average_of_the_student():
     "Told again by hand, step by step, for a few steps"
     kept = []
     class Watched(Distiller):
-        def follow(self, told, momentum, centring=.9):
+        def follow(self, sums, momentum, centring=.9):
             kept.append((momentum, {k: v.clone() for k, v in self.student['encoder'].state_dict().items()}))
-            super().follow(told, momentum, centring)
+            super().follow(sums, momentum, centring)
     start, vit = encoder(), encoder()
     with pytest.MonkeyPatch.context() as m:
         m.setattr('semmae.teacher.Distiller', Watched)

@@ -33,8 +33,9 @@ def test_tokens_are_those_that_timm_gives(kw, block):
     patches, prefix = peer if isinstance(peer, tuple) else (peer, None)
     seen = look(vit, IMAGES, block)
     assert torch.allclose(seen.patches, vit.fc_norm(patches).view(3, 6, 4, 48), atol=1e-5)
-    assert torch.allclose(seen.whole, prefix[:, 0] if vit.has_class_token else vit.fc_norm(patches).mean(1),
-                          atol=1e-5)
+    mean = vit.fc_norm(patches).mean(1)
+    token = prefix[:, 0] if vit.has_class_token else mean
+    assert torch.allclose(seen.class_token, token, atol=1e-5)
 
 
 @pytest.mark.parametrize('kw', KINDS, ids=str)
@@ -59,7 +60,8 @@ def test_an_encoder_of_timms_opens_by_name_and_file_at_any_size(tmp_path):
     wide = open_encoder('vit_tiny_patch16_224', tmp_path/'w.safetensors', image=(64, 128))
     assert look(wide, IMAGES).patches.shape == (3, 4, 8, 192)
     assert torch.equal(wide.blocks[0].attn.qkv.weight, vit.blocks[0].attn.qkv.weight)
-    assert look(same, IMAGES).whole.shape == (3, 192) and not any(p.requires_grad for p in same.parameters())
+    assert look(same, IMAGES).class_token.shape == (3, 192)
+    assert not any(p.requires_grad for p in same.parameters())
     assert same.stats[0] == [.5, .5, .5], 'the colours that this model was made for'
     save_encoder(wide, tmp_path/'again.safetensors')
     again = load_encoder(tmp_path/'again.safetensors').eval()

@@ -12,7 +12,7 @@ import torch
 
 from .. import learn, paper  # which register sources of parts
 from ..masking import find_strategy
-from ..parts import SOURCES, looks, make_parts
+from ..parts import SOURCES, look_through, make_parts
 
 # %% ../../nbs/pipeline/glue/02_guide.ipynb #7cb1e008
 def looks_at(cfg):
@@ -38,7 +38,7 @@ def needs(cfg, base): # the profile with an entry's changes, and without
 def make_guide(cfg, encoder, train, root='.'): # the encoder to look through, an ImageSet
     "Make what a masking looks at, (N,h,w)"
     if looks_at(cfg) == 'scores':
-        return torch.cat([seen.attention.mean(1) for seen, in looks(encoder, train.images, [None])])
+        return torch.cat([seen.attention.mean(1) for seen, in look_through(encoder, train.images, [None])])
     maps = make_parts(dict(train=train), encoder=encoder, root=root, seed=cfg['seed'],
                       **cfg['parts'])['train']
     return (maps if torch.is_tensor(maps) else torch.cat(list(maps))).to(train.images.device)
