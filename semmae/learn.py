@@ -118,7 +118,8 @@ def neighbour_information(nets, one, other, front, shift, across, most=512): # v
         1, b, (p[..., None]*q[..., None, :]).flatten(2))
     met = met.unflatten(2, (p.shape[2], -1))  # (nets,B,labels,labels)
     ids = b.unique()                          # images with a pair; there may be none
-    return across*mutual_information(met.sum(1)) + (1 - across)*mutual_information(met[:, ids]).sum(1)/max(1, len(ids))
+    within = mutual_information(met[:, ids]).sum(1)/max(1, len(ids))
+    return across*mutual_information(met.sum(1)) + (1 - across)*within
 
 # %% ../nbs/11_learn.ipynb #b64a4a1c
 class Learned:

@@ -157,7 +157,8 @@ class Distiller(nn.Module):
             scores = self.scores_of(self.teacher, large, hide)
             whole, patches = (balance(x, sharp) if self.balanced else ((x - c)/sharp).softmax(1)
                               for x, c in zip(scores, self.centres))
-        mine, painted = ((x/soft).log_softmax(1) for x in self.scores_of(self.student, large, hide, self.token))
+        mine, painted = ((x/soft).log_softmax(1)
+                         for x in self.scores_of(self.student, large, hide, self.token))
         (a, b), (p, q) = whole.chunk(2), mine.chunk(2)
         pairs = [cross(a, q), cross(b, p)]
         if len(small):

@@ -58,8 +58,9 @@ def test_an_image_without_a_pair_does_not_count():
     front = front_of(3)
     nets, x = new_nets(2, 4, 3, generator(2)), torch.randn(3, 30, 4, generator=generator(1))
     lone = torch.cat([front, torch.zeros(1, 5, 6, dtype=torch.bool)])
+    more = torch.cat([x, x[:1]])
     assert torch.allclose(neighbour_information(nets, x, x, front, (0, 1), .5),
-                          neighbour_information(nets, torch.cat([x, x[:1]]), torch.cat([x, x[:1]]), lone, (0, 1), .5))
+                          neighbour_information(nets, more, more, lone, (0, 1), .5))
 
 
 def test_a_step_without_a_pair_teaches_nothing_and_does_no_harm():
@@ -78,7 +79,8 @@ def test_of_many_pairs_every_so_manieth_is_looked_at():
     met = torch.zeros(2, 3, 9).index_add(
         1, b, (labelled(nets, x[b, i])[..., None]*labelled(nets, x[b, j])[..., None, :]).flatten(2)
     ).unflatten(2, (3, 3))
-    assert torch.allclose(neighbour_information(nets, x, x, front, (0, 1), 1, most=24), mutual_information(met.sum(1)), atol=1e-5)
+    found = neighbour_information(nets, x, x, front, (0, 1), 1, most=24)
+    assert torch.allclose(found, mutual_information(met.sum(1)), atol=1e-5)
 
 
 def test_pasting_keeps_the_foreground_and_no_background():
