@@ -93,6 +93,14 @@ def test_a_study_changes_its_profile_before_its_entries_do(root):
         read_study(root, 's')
 
 
+@pytest.mark.parametrize('change', [dict(pretrain=dict(epochs={})), dict(pretrain=dict(masking=3)),
+                                    dict(encoder=[])], ids=str)
+def test_a_wrong_change_is_refused_before_any_row(root, change):
+    plan(root, dict(entries=['inter']), change=change)
+    with pytest.raises(SemmaeError, match=f'studies.s.change.{next(iter(change))}'):
+        read_study(root, 's')
+
+
 def test_only_seeds_on_the_same_hardware_are_compared(tmp_path):
     rows = [dict(entry=e, ratio=.5, epochs=n, seed=s, device=d, scores=dict(a=dict(x=x/100)))
             for e, n, s, d, x in (('a', 1, 0, 'cpu', 5.), ('a', 1, 1, 'cpu', 7.), ('b', 1, 1, 'cpu', 4.),

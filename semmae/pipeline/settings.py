@@ -73,6 +73,7 @@ def profile_model(cfg):
     "Make a model of a whole profile"
     masking = masking_model(cfg['pretrain'].get('masking')) if isinstance(cfg.get('pretrain'), dict) else dict
     return model_of(
+        profile=(str, ''),  # its name, which `read_params` adds
         seed=(Seed, ...),
         processes=(Annotated[int, Ge(1), Le(10**4)], ...),
         data=(model_of(load_images), ...),

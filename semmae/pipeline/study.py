@@ -23,7 +23,7 @@ from ..parts import SOURCES
 from .encoders import open_teacher
 from .guide import looks_at, make_guide
 from .params import changed, check_profile, pick, read_params, read_yaml
-from .settings import Seed, check_types, model_of
+from .settings import Seed, check_types, model_of, profile_model
 from .train import fresh_mae
 from .tune import tune
 from ..pretrain import GRAPH, pretrain
@@ -50,6 +50,7 @@ def read_study(root, name):
     study = pick(params, 'studies', name, path)
     check_study(study, f'studies.{name}')
     base = changed(read_params(path, study['profile']), study.get('change', {}), f'studies.{name}.change')
+    check_types(base, f'studies.{name}.change', profile_model(base))
     return study | dict(base=base, params=params, path=path)
 
 def configure(study, row):
@@ -57,6 +58,7 @@ def configure(study, row):
     entry = row['entry']
     cfg = changed(study['base'], pick(study['params'], 'ablations', entry, study['path']),
                   f'ablations.{entry}')
+    check_types(cfg, f'ablations.{entry}', profile_model(cfg))
     old = defaults_of(pretrain) | cfg['pretrain']
     ratio, epochs = row.get('ratio', old['masking']['ratio']), row.get('epochs', old['epochs'])
     warmup = round(old['warmup_epochs']*epochs/max(1, old['epochs']))  # the same share of the training
@@ -166,7 +168,7 @@ def train(bench, cfg, log):
 def measure(bench, row, log):
     "A row, trained and scored, and how"
     start, cfg = time.time(), configure(bench.study, row)
-    check_profile({k: v for k, v in cfg.items() if k != 'profile'}, words(row), bench.root)
+    check_profile(cfg, words(row), bench.root)
     mae, loss = train(bench, cfg, log)
     trained, scores = time.time(), judge(mae.encoder, bench.splits, cfg['seed'])
     if row['tuned']:
