@@ -43,6 +43,7 @@ def attend_kernel(qkv, out, lse, n, scale,
         put_rows(out, tl.dot(p.to(v.dtype), v)/total[:, None], rows, n, H*D, D)
         tl.store(lse + of*n + rows, top + tl.log2(total), mask=rows < n)
 
+# %% ../nbs/06_attend.ipynb #48132413
 @triton.jit
 def gradient_kernel(qkv, out, lse, dout, dqkv, n, scale,
                     H: tl.constexpr, D: tl.constexpr, K: tl.constexpr, Q: tl.constexpr):
@@ -97,6 +98,7 @@ def attend(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:  # (B,n,3·heads·
     attend_kernel[(B*heads,)](qkv, out, lse, n, D**-.5, heads, D, K, Q, num_warps=warps, num_stages=2)
     return out, lse
 
+# %% ../nbs/06_attend.ipynb #fc880ac8
 @custom_op('semmae::attend_gradient', mutates_args=())
 def attend_gradient(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, heads: int) -> Tensor:
     B, n, width = qkv.shape

@@ -169,6 +169,7 @@ def read_json(path):
     "What a JSON file holds"
     return json.loads(Path(path).read_text())
 
+# %% ../nbs/00_core.ipynb #c655419b
 def write_csv(path, rows):
     "A list of dicts as a CSV file, atomically"
     with atomic(path) as tmp, open(tmp, 'w', newline='') as f:

@@ -75,6 +75,7 @@ def fit_linear(x, y, # features (N,D); classes (N,), or how much of every class,
     opt.step(closure)
     return torch.cat([even @ w.detach()[:, :-1].T, w.detach()[:, -1:].T])
 
+# %% ../nbs/13_evaluate.ipynb #c555ae3c
 def linear_probe(train, val, test, # features of the three splits, by pooling
                  y_train, y_val,
                  penalties=(1e-2, 1e-3, 1e-4, 1e-5)):

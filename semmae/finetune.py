@@ -82,6 +82,7 @@ class Recipe(NamedTuple):
     crop_scale: tuple
     seed: int
 
+# %% ../nbs/14_finetune.ipynb #dff3f31d
 def learn_labels(encoder, images, targets, n_out, pool,
                  loss,      # (answers of the model, targets) -> a number
                  mix,       # (imgs, targets, step) -> what the step learns from

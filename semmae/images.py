@@ -132,6 +132,7 @@ def uncropped(x):
     return (torch.tensor([0., 0., 1., 1.], device=x.device).expand(len(x), 4),
             torch.zeros(len(x), dtype=torch.bool, device=x.device))
 
+# %% ../nbs/01_images.ipynb #8a205da8
 def resized(images, size):
     "Whole images at another size, (B,C,*size) in float"
     if tuple(images.shape[2:]) == tuple(size):
@@ -195,6 +196,7 @@ def check_maps(maps, split):
     check_labels(maps, 256)
     return torch.from_numpy(maps.astype(np.uint8))
 
+# %% ../nbs/01_images.ipynb #e269c378
 def write_maps(folder,
                maps,     # split -> maps (n,h,w), all of them or batch by batch
                splits,   # split -> its images, (N,C,H,W) bytes or a Stream
@@ -221,6 +223,7 @@ def write_maps(folder,
         known[split] = dict(images=data_key(images), maps=file_hash(folder/f'{split}.npy'))
     write_json(folder/'maps.json', dict(about, splits=known))
 
+# %% ../nbs/01_images.ipynb #6a8baf82
 def read_maps(folder, split, images):
     "The part maps (N,h,w) of these images; any other are refused"
     folder = Path(folder)

@@ -256,6 +256,7 @@ def name_parts(parts, x, front, views, n_parts=6, across=.8, steps=300, seed=0):
         refuse_collapse(named.label(x[front]).bincount(minlength=n_parts - 1)/front.sum())
     return named
 
+# %% ../nbs/11_learn.ipynb #a2e08dab
 @part_source('learned', background=True)
 def learn_parts(images,          # (N,C,H,W) bytes or a Stream; at most 1,500 are looked at
                 encoder,         # from `open_encoder`
@@ -296,6 +297,7 @@ class Ward:
         return torch.from_numpy(np.stack([ward(*x, self.n_parts - 1)
                                           for x in zip(cells, front)])).to(images.device)
 
+# %% ../nbs/11_learn.ipynb #dee58164
 def ward(cells, front, n): # (h,w,D), (h,w)
     "Labels 1 to n of the connected clusters in the foreground of an image, 0 elsewhere"
     out = front.astype(np.int64)

@@ -121,6 +121,7 @@ def learning_parts(images, encoder, n_parts=6, block=None, diversity=1., steps=4
         schedule.step()
         yield parts
 
+# %% ../nbs/12_paper.ipynb #1ab57532
 @part_source('paper', background=True)
 def learn_paper_parts(images, encoder,
                       n_parts: Parts = 6,

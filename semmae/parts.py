@@ -105,6 +105,7 @@ def score_keypoints(pred,   # (N,h,w) labels
     row, col = ((v*s).long().clamp(0, s - 1) for v, s in ((y, h), (x, w)))
     return agreement(pred[n, row, col].cpu().numpy(), k.cpu().numpy())
 
+# %% ../nbs/10_parts.ipynb #6d3804e1
 def read_cub(folder, # CUB_200_2011
              names,  # of its images, as an ImageSet has them
              size):  # (height, width) they were decoded to: what that cut off is not seen
@@ -226,6 +227,7 @@ class TwoLevel:
         front = self.score(back.patches, back.attention.mean(1)) >= self.level
         return torch.where(front, nearest(there.patches, self.centres) + 1, 0)
 
+# %% ../nbs/10_parts.ipynb #e8ef8845
 @part_source('two_level', background=True)
 def two_level_parts(images, encoder,
                     n_parts: Parts,

@@ -160,6 +160,7 @@ def timm_source(name,       # torch/cifar10, hfds/…
         return d[k][0]
     return Source(names, hold_out(names, splits, labels), open, [], labels)
 
+# %% ../nbs/16_sources.ipynb #8db8caae
 def targets_of(data):
     "The targets of a timm or torchvision dataset, without decoding images where it can be helped"
     if hasattr(data, 'targets'):

@@ -153,6 +153,7 @@ def run_key(module, # of semmae that trains
         h.update(file.read_bytes())
     return h.hexdigest()
 
+# %% ../nbs/07_train.ipynb #ab7efd4b
 class Checkpoint:
     "The state of a run in one file"
     def __init__(self, path, key, **parts): # objects with state_dict() and load_state_dict()

@@ -82,6 +82,7 @@ class Shape(TypedDict, total=False):
     pre_norm: bool
     drop_path_rate: Unit
 
+# %% ../nbs/03_vit.ipynb #83f15ac2
 def make_encoder(name: str = 'vit_tiny_patch16_224', # any VisionTransformer of timm's
                  image: Size = (64, 64),             # (height, width)
                  channels=3,
@@ -178,6 +179,7 @@ def load_encoder(path):
                           f"({' '.join(str(e).split())[:200]}): make it again") from e
     return vit
 
+# %% ../nbs/03_vit.ipynb #471e4226
 def make_of(vit):
     "What tells encoders apart, in words"
     return (f"{vit.recipe['name']} of width {vit.embed_dim} and depth {len(vit.blocks)}, "
@@ -254,6 +256,7 @@ def download(name):
                           "go online, choose another `teacher.name`, "
                           "or set `teacher.weights` to a file") from e
 
+# %% ../nbs/03_vit.ipynb #8205f2ea
 def fill(vit, name, path):
     "Weights of a file into a timm model, positions resampled where its images had another size"
     try:
@@ -279,6 +282,7 @@ class Seen(NamedTuple):
     # (B,heads,h,w): how much the class token looks at each patch; where there is none, the patches on average
     attention: torch.Tensor
 
+# %% ../nbs/03_vit.ipynb #ff20d6d1
 @torch.no_grad()
 def look_at(vit,
             images, # (B,C,H,W), bytes
@@ -312,6 +316,7 @@ def look_at(vit,
                 out[k] = Seen(whole, unflat(tokens[:, n:].mT).movedim(1, -1), unflat(attention[..., n:]))
     return [out[k] for k in blocks]
 
+# %% ../nbs/03_vit.ipynb #39950313
 def look(vit, images, block=None):
     "What the encoder says of images at one of its blocks"
     return look_at(vit, images, [block])[0]
