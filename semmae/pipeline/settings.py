@@ -27,7 +27,7 @@ from ..masking import STRATEGIES, find_strategy
 from ..parts import SOURCES
 from .encoders import fresh_encoder, make_of
 from .guide import looks_at, needs
-from .params import changed, pick, read_yaml
+from .params import changed, pick, read_params, read_yaml
 from ..pretrain import check_compile, make_optimizer, open_masking, pretrain
 from ..segment import segment
 from ..sources import load_images
@@ -232,10 +232,7 @@ def check_training(params, cfg, name, given, path):
 def check_params(path, profile=None):
     "Refuse a params.yaml in which anything that `dvc repro` reads is wrong"
     path = Path(path).resolve()
-    params = read_yaml(path)
-    name = profile or params.get('profile')
-    cfg = pick(params, 'profiles', name, path)
-    check_profile(cfg, f'profiles.{name}', path.parent)
+    params, cfg = read_yaml(path), read_params(path, profile)
     trainings, tuned = params.get('trainings'), params.get('tuned')
     check(isinstance(trainings, dict) and trainings,
           f"{path} has no `trainings`: write {{semmae: runs/parts}}")
