@@ -23,14 +23,14 @@ from .core import Count, Inner, Layers, Parts, Unit, atomic, check, generator
 from .images import some_images
 from .parts import part_source
 from .train import prepare
-from .vit import border, check_parts, encoder_key, look_at, read_weights
+from .vit import border, check_parts, encoder_key, block_outputs, read_weights
 
 # %% ../nbs/11_learn.ipynb #c73a7832
 def tokens(encoder, images, blocks, batch=50):
     "Unit tokens of some blocks, (B,h,w,blocks,D), batch by batch"
     prepare(encoder, images.device).eval()
     for imgs in images.split(batch):
-        yield torch.stack([F.normalize(s.patches, dim=3) for s in look_at(encoder, imgs, blocks)], 3)
+        yield torch.stack([F.normalize(s.patches, dim=3) for s in block_outputs(encoder, imgs, blocks)], 3)
 
 # %% ../nbs/11_learn.ipynb #ff753ea8
 def standard(x):

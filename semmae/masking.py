@@ -28,23 +28,23 @@ def n_hidden(n_patches, ratio):
 # %% ../nbs/04_masking.ipynb #4f01c382
 STRATEGIES = {}
 
-def strategy(looks_at=None): # 'parts', 'scores', or None: only the shape of the map counts
+def strategy(guide=None): # 'parts', 'scores', or None: only the shape of the map counts
     "Make a masking function known under its name"
-    check(looks_at in ('parts', 'scores', None),
+    check(guide in ('parts', 'scores', None),
           "a strategy is registered with `@strategy()`, or with what it looks at: "
           "`@strategy('parts')` or `@strategy('scores')`")
     def register(f):
-        f.looks_at = looks_at
+        f.guide = guide
         STRATEGIES[f.__name__] = f
         return f
     return register
 
-def check_kind(x, looks_at):
+def check_kind(x, guide):
     "Part labels are whole numbers, scores are not"
     what = dict(parts='part labels: give it a tensor of whole numbers',
                 scores='scores: give it a tensor of floating-point numbers')
-    check(torch.is_tensor(x) and x.is_floating_point() == (looks_at == 'scores'),
-          f"this masking strategy looks at {what[looks_at]}")
+    check(torch.is_tensor(x) and x.is_floating_point() == (guide == 'scores'),
+          f"this masking strategy looks at {what[guide]}")
 
 # %% ../nbs/04_masking.ipynb #df22b61a
 def find_strategy(name: str, ratio: Inner | Annotated[list[Inner], Len(1)], **options):
@@ -62,7 +62,7 @@ def find_strategy(name: str, ratio: Inner | Annotated[list[Inner], Len(1)], **op
         # the same for all shares of a batch
         now = ratio[gen.initial_seed() % len(ratio)] if isinstance(ratio, list) else ratio
         return f(x, now, gen, progress, **options)
-    hide.looks_at = f.looks_at
+    hide.guide = f.guide
     return hide
 
 # %% ../nbs/04_masking.ipynb #2b6f511f

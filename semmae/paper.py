@@ -14,14 +14,14 @@ from .core import Amount, Count, Layers, Parts, check, generator
 from .images import some_images
 from .parts import part_source
 from .train import prepare
-from .vit import border, check_parts, look
+from .vit import border, check_parts, block_output
 
 # %% ../nbs/12_paper.ipynb #15bd069f
 def standard_tokens(encoder, images, block=None, batch=50):
     "Class tokens (N,D) and patch tokens (N,h,w,D), scaled to mean 0 and spread 1"
     prepare(encoder, images.device).eval()
     whole, patches = map(torch.cat, zip(*((s.class_token, s.patches) for imgs in images.split(batch)
-                                          for s in [look(encoder, imgs, block)])))
+                                          for s in [block_output(encoder, imgs, block)])))
     return tuple(F.layer_norm(x, x.shape[-1:]) for x in (whole, patches))
 
 # %% ../nbs/12_paper.ipynb #07257101

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'agreement', 'counts', 'matching', 'matched_iou', 'foreground_iou', 'called_iou', 'score_parts', 'control',
-           'score_keypoints', 'read_cub', 'look_through', 'cells', 'k_means', 'nearest', 'part_source', 'Looking',
+           'score_keypoints', 'read_cub', 'batched_outputs', 'cells', 'k_means', 'nearest', 'part_source', 'Looking',
            'head_parts', 'k_means_parts', 'TwoLevel', 'two_level_parts', 'Grid', 'grid_parts', 'used', 'open_parts',
            'regions', 'closest', 'rename', 'make_parts', 'judge_parts', 'hardest']
 
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from .core import Inner, Layers, Parts, Size, check, generator, options_of
 from .images import check_labels, read_maps, some_images, resized_parts
 from .train import prepare
-from .vit import Seen, check_parts, gather, look_at
+from .vit import BlockOutput, check_parts, gather, block_outputs
 
 # %% ../nbs/10_parts.ipynb #2a655fd5
 def agreement(pred, true): # labels of the same cells, flat
@@ -135,24 +135,24 @@ def read_cub(folder, # CUB_200_2011
     return out
 
 # %% ../nbs/10_parts.ipynb #be01fc7f
-def look_through(encoder, images, blocks, batch=50):
+def batched_outputs(encoder, images, blocks, batch=50):
     "What the encoder says of images at some blocks, batch by batch"
     prepare(encoder, images.device).eval()
     for imgs in images.split(batch):
-        yield look_at(encoder, imgs, blocks)
+        yield block_outputs(encoder, imgs, blocks)
 
 def cells(encoder, images, blocks,
           n=50,                    # of every image
           seed=0):
-    "What the encoder says of some cells of images: a Seen a block, of tokens (m,D) and attention (m,heads)"
+    "Take some cells of images: for every block their tokens (m,D) and attention (m,heads)"
     out = [[] for _ in blocks]
-    for k, seen in enumerate(look_through(encoder, images, blocks)):
+    for k, seen in enumerate(batched_outputs(encoder, images, blocks)):
         B, L = len(seen[0].class_token), seen[0].patches[0, ..., 0].numel()
         ids = torch.rand(B, L, generator=generator(seed, 'cells', k)).argsort(1)[:, :n].to(images.device)
         for s, kept in zip(seen, out):
             kept.append([gather(s.patches.flatten(1, 2), ids).flatten(0, 1),
                          gather(s.attention.flatten(2).mT, ids).flatten(0, 1)])
-    return [Seen(None, *map(torch.cat, zip(*kept))) for kept in out]
+    return [BlockOutput(None, *map(torch.cat, zip(*kept))) for kept in out]
 
 def k_means(x, n, seed=0):
     "Centres (n,D) of k-means on directions"
@@ -186,7 +186,7 @@ class Looking:
 
     def predict(self, images): # (B,C,H,W), bytes
         "Labels (B,h,w)"
-        return torch.cat([self.label(*seen) for seen in look_through(self.encoder, images, self.blocks)])
+        return torch.cat([self.label(*seen) for seen in batched_outputs(self.encoder, images, self.blocks)])
 
 @part_source('heads')
 def head_parts(images, encoder, block: Layers | None = None, seed=0):
@@ -197,7 +197,7 @@ def head_parts(images, encoder, block: Layers | None = None, seed=0):
 @part_source('k_means')
 def k_means_parts(images, encoder, n_parts: Parts, block: Layers | None = None, seed=0):
     "Take the nearest centre of k-means"
-    check_parts(n_parts, look_at(encoder, images[:1], [block])[0].patches, least=1)
+    check_parts(n_parts, block_outputs(encoder, images[:1], [block])[0].patches, least=1)
     there, = cells(encoder, images, [block], seed=seed)
     centres = k_means(there.patches, n_parts, seed)
     return Looking(encoder, [block], lambda seen: nearest(seen.patches, centres))
@@ -241,7 +241,7 @@ def two_level_parts(images, encoder,
                     seed=0):
     "Find the foreground first, then cluster what is in it"
     blocks = [block, foreground_block]
-    check_parts(n_parts, look_at(encoder, images[:1], blocks)[0].patches)
+    check_parts(n_parts, block_outputs(encoder, images[:1], blocks)[0].patches)
     found = TwoLevel(*cells(encoder, images, blocks, seed=seed), n_parts, foreground, share, seed)
     return Looking(encoder, blocks, found.label)
 
@@ -288,7 +288,7 @@ def regions(encoder, images, maps, # (N,h,w)
             block=None):
     "Mean token of every label in every image, of length 1, (N,n_parts,D); zero where a label is missing"
     # (N,h,w,D)
-    tokens = torch.cat([F.normalize(s.patches, dim=3) for s, in look_through(encoder, images, [block])])
+    tokens = torch.cat([F.normalize(s.patches, dim=3) for s, in batched_outputs(encoder, images, [block])])
     n_parts = int(maps.max()) + 1
     # (N,L,n_parts)
     each = F.one_hot(resized_parts(maps, tokens.shape[1:3], n_parts).flatten(1), n_parts).float()

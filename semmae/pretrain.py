@@ -40,7 +40,7 @@ class Batches(Shuffled):
         super().__init__(images, epochs, batch, seed, 'pretrain')
         self.grid, self.scale, self.size = grid, crop_scale, tuple(size or images.shape[2:])
         self.hide, self.ratio = open_masking(masking, grid), masking['ratio']
-        self.guide, self.values = open_guide(guide, self.hide.looks_at, masking, len(images), n_parts)
+        self.guide, self.values = open_guide(guide, self.hide.guide, masking, len(images), n_parts)
 
     def at(self, step, share=0, shares=1):
         "One of the `shares` that processes, or turns of one process, cut the batch of a step into"
@@ -66,21 +66,21 @@ def open_masking(masking, grid):
     "The masking that a parameter describes"
     for ratio in masking['ratio'] if isinstance(masking['ratio'], list) else [masking['ratio']]:
         hide = find_strategy(**masking | dict(ratio=ratio))
-        hide(torch.zeros(1, *grid, dtype=torch.long if hide.looks_at == 'parts' else torch.float),
+        hide(torch.zeros(1, *grid, dtype=torch.long if hide.guide == 'parts' else torch.float),
              generator('try'))  # ratio and options
     return find_strategy(**masking)
 
-def open_guide(guide, looks_at, masking, n_images, n_parts=None):
+def open_guide(guide, kind, masking, n_images, n_parts=None):
     "The maps that the masking looks at, and for labels their values"
-    if looks_at is None:
+    if kind is None:
         return None, None
     check(guide is not None,
-          f"masking {masking['name']!r} looks at {looks_at} and there are none: "
+          f"masking {masking['name']!r} looks at {kind} and there are none: "
           "set `parts.source` (or give `guide`), or `masking.name` to another")
-    check_kind(guide, looks_at)
+    check_kind(guide, kind)
     check(guide.ndim == 3 and len(guide) == n_images and guide.numel(),
           f"the maps are of shape {tuple(guide.shape)}: give {n_images} images' (rows, columns)")
-    if looks_at == 'scores':
+    if kind == 'scores':
         check(guide.isfinite().all(), "the scores hold values that are not finite: correct the maps")
         return guide, None
     labels = guide if guide.dtype == torch.uint8 else guide.long()

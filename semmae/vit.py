@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['sincos', 'init_mae', 'plain', 'Shape', 'make_encoder', 'remember', 'pixels_of', 'gather', 'embed', 'encode',
            'autocast', 'save_encoder', 'read_weights', 'load_encoder', 'make_of', 'load_like', 'encoder_key',
-           'open_encoder', 'tells_of_itself', 'resize', 'download', 'fill', 'Seen', 'look_at', 'look', 'received',
-           'border', 'check_parts']
+           'open_encoder', 'tells_of_itself', 'resize', 'download', 'fill', 'BlockOutput', 'block_outputs',
+           'block_output', 'received', 'border', 'check_parts']
 
 # %% ../nbs/03_vit.ipynb #5edaea0a
 import hashlib, json, math
@@ -275,7 +275,7 @@ def fill(vit, name, path):
     return vit
 
 # %% ../nbs/03_vit.ipynb #61d3898e
-class Seen(NamedTuple):
+class BlockOutput(NamedTuple):
     "What an encoder says of images at a block"
     class_token: torch.Tensor      # (B,D) class token; where there is none, the mean of the patches
     patches: torch.Tensor    # (B,h,w,D)
@@ -284,7 +284,7 @@ class Seen(NamedTuple):
 
 # %% ../nbs/03_vit.ipynb #ff20d6d1
 @torch.no_grad()
-def look_at(vit,
+def block_outputs(vit,
             images, # (B,C,H,W), bytes
             blocks): # counted from 1; None: the last
     "What the encoder says of images at some of its blocks, tokens after the last norm"
@@ -313,13 +313,14 @@ def look_at(vit,
             if k in blocks:
                 tokens = vit.fc_norm(vit.norm(x)).float()
                 whole = tokens[:, 0] if vit.has_class_token else tokens[:, n:].mean(1)
-                out[k] = Seen(whole, unflat(tokens[:, n:].mT).movedim(1, -1), unflat(attention[..., n:]))
+                patches = unflat(tokens[:, n:].mT).movedim(1, -1)
+                out[k] = BlockOutput(whole, patches, unflat(attention[..., n:]))
     return [out[k] for k in blocks]
 
 # %% ../nbs/03_vit.ipynb #39950313
-def look(vit, images, block=None):
+def block_output(vit, images, block=None):
     "What the encoder says of images at one of its blocks"
-    return look_at(vit, images, [block])[0]
+    return block_outputs(vit, images, [block])[0]
 
 def received(block, x, who):
     "How much the tokens `who` look, on average, at each token, (B,heads,N)"

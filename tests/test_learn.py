@@ -14,7 +14,7 @@ from semmae.learn import (mutual_information, labelled, learn_parts, load_learne
 from semmae.paper import PaperParts, PartTokens, StyleDecoder, alike, standard_tokens, learn_paper_parts
 from semmae.parts import make_parts, score_parts
 from semmae.sources import load_images
-from semmae.vit import Seen, make_encoder
+from semmae.vit import BlockOutput, make_encoder
 
 
 def front_of(seed, n=3, h=5, w=6):
@@ -122,13 +122,14 @@ class Planted(nn.Module):
         tokens = (torch.eye(12)[self.truth[ids]]*2
                   + torch.randn(40, 8, 8, 12, generator=generator('noise'))[ids]*.3)
         tokens = torch.where(mirrored[:, None, None, None], tokens.flip(2), tokens)
-        return [Seen(None, tokens, None) for _ in blocks]
+        return [BlockOutput(None, tokens, None) for _ in blocks]
 
 
 @pytest.fixture
 def planted(monkeypatch):
     encoder = Planted()
-    monkeypatch.setattr('semmae.learn.look_at', lambda vit, images, blocks: encoder.look(images, blocks))
+    monkeypatch.setattr('semmae.learn.block_outputs',
+                        lambda vit, images, blocks: encoder.look(images, blocks))
     images = torch.arange(40, dtype=torch.uint8)[:, None, None, None].repeat(1, 3, 16, 16)
     images[..., -1] += 200
     return encoder, images
@@ -256,8 +257,8 @@ def painted(planted, monkeypatch):
     colours = torch.tensor([[20, 20, 20], [240, 40, 40], [40, 240, 40], [40, 40, 240]], dtype=torch.uint8)
     images = colours[encoder.truth].movedim(3, 1).repeat_interleave(2, 2).repeat_interleave(2, 3)
     of = lambda imgs: torch.tensor([int((images == img).flatten(1).all(1).nonzero()[0]) for img in imgs])
-    seen = lambda ids: Seen(torch.ones(len(ids), 12), torch.eye(12)[encoder.truth[ids]]*2, None)
-    monkeypatch.setattr('semmae.paper.look', lambda vit, imgs, block: seen(of(imgs)))
+    seen = lambda ids: BlockOutput(torch.ones(len(ids), 12), torch.eye(12)[encoder.truth[ids]]*2, None)
+    monkeypatch.setattr('semmae.paper.block_output', lambda vit, imgs, block: seen(of(imgs)))
     return encoder, images
 
 

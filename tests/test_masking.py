@@ -40,7 +40,7 @@ def test_every_patch_once_and_the_same_number_hidden(name, shape, ratio, progres
     n = L - int(L*(1-ratio))
     if not 0 < n < L:
         return
-    x = parts.float() if STRATEGIES[name].looks_at == 'scores' else parts
+    x = parts.float() if STRATEGIES[name].guide == 'scores' else parts
     keep, mask = STRATEGIES[name](x, ratio, generator(name, shape), progress)
     assert mask.shape == (len(parts), n)
     assert (torch.cat([keep, mask], 1).sort(1).values == torch.arange(L)).all()
@@ -130,7 +130,7 @@ def test_a_spared_background_is_never_hidden_whole(shape, ratio, progress, backg
 def test_hidden_patches_come_in_random_order(name):
     "Any first few of them are a uniform sample: what a decoder that predicts a share relies on"
     parts = torch.tensor([0]*30 + [1]*20 + [2]*10 + [3]*4).reshape(1, 8, 8).expand(6000, -1, -1)
-    x = parts.float() if STRATEGIES[name].looks_at == 'scores' else parts
+    x = parts.float() if STRATEGIES[name].guide == 'scores' else parts
     mask = STRATEGIES[name](x, .5, generator(name))[1]
     some, every = (hidden(parts, ids).mean(0) for ids in (mask[:, :8], mask))
     assert (some*4 - every).abs().max() < .1

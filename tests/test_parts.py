@@ -17,7 +17,7 @@ from semmae.parts import (called_iou, closest, control, foreground_iou, hardest,
                           matched_iou, open_parts, read_cub, regions, score_keypoints, score_parts)
 from semmae.pipeline.report import few_maps
 from semmae.sources import load_images
-from semmae.vit import Seen, make_encoder, save_encoder
+from semmae.vit import BlockOutput, make_encoder, save_encoder
 
 ROOT = Path(__file__).parent.parent
 
@@ -152,16 +152,16 @@ class Stub:
         noise = torch.randn(20, 3, 4, 6, generator=generator('noise'))[ids]*.05
         parts, front = Stub.truth[ids], (Stub.truth[ids] > 0)
         whole = torch.zeros(len(ids), 6)
-        there = Seen(whole, axes[parts] + noise,
+        there = BlockOutput(whole, axes[parts] + noise,
                      torch.stack([(parts == k).float() + .1 for k in (2, 0, 3, 1)], 1))
-        last = Seen(whole, axes[4 + front.long()] + noise,
+        last = BlockOutput(whole, axes[4 + front.long()] + noise,
                     front[:, None]*2. + torch.rand(len(ids), 3, 3, 4, generator=generator('look')))
         return [there if block == 1 else last for block in blocks]
 
 
 @pytest.fixture
 def stub(monkeypatch):
-    monkeypatch.setattr('semmae.parts.look_at', lambda vit, images, blocks: Stub.seen(images, blocks))
+    monkeypatch.setattr('semmae.parts.block_outputs', lambda vit, images, blocks: Stub.seen(images, blocks))
     return torch.arange(20)[:, None, None, None].expand(20, 3, 8, 8).to(torch.uint8)
 
 
@@ -217,7 +217,7 @@ def loud(images, blocks, k=30.):
 
 def test_directions_count_and_not_how_loud_they_are(stub, monkeypatch):
     heads = fitted(stub, 'heads')
-    monkeypatch.setattr('semmae.parts.look_at', lambda vit, images, blocks: loud(images, blocks))
+    monkeypatch.setattr('semmae.parts.block_outputs', lambda vit, images, blocks: loud(images, blocks))
     assert torch.equal(fitted(stub, 'heads'), heads), 'a head is compared with what it looks at on average'
     assert agree(fitted(stub, 'k_means', n_parts=4))['nmi'] == pytest.approx(1)
     assert torch.equal(fitted(stub, 'two_level', n_parts=4, share=7/12) > 0, Stub.truth > 0)
@@ -225,7 +225,7 @@ def test_directions_count_and_not_how_loud_they_are(stub, monkeypatch):
 
 def test_maps_are_predicted_when_they_are_asked_for(stub, monkeypatch):
     looked = []
-    monkeypatch.setattr('semmae.parts.look_at', lambda vit, images, blocks:
+    monkeypatch.setattr('semmae.parts.block_outputs', lambda vit, images, blocks:
                         looked.append(len(images)) or Stub.seen(images, blocks))
     images = ImageSet(stub)
     maps = make_parts(dict(train=images, test=images), 'k_means', torch.nn.Module(), n_parts=4, block=1)

@@ -15,7 +15,7 @@ GUIDES = {'parts': torch.randint(0, 5, (40, 9, 7), dtype=torch.uint8, generator=
 
 
 def batches(name, **kw):
-    return Batches(IMAGES, (4, 6), GUIDES[STRATEGIES[name].looks_at], dict(name=name, ratio=.75),
+    return Batches(IMAGES, (4, 6), GUIDES[STRATEGIES[name].guide], dict(name=name, ratio=.75),
                    epochs=4, batch=10, **kw)
 
 
@@ -56,27 +56,27 @@ def test_progress_is_the_step_counter():
         STRATEGIES.pop('spy', None)
 
 
-@pytest.mark.parametrize('looks_at', ['parts', 'scores'])
-def test_maps_follow_their_images(looks_at):
+@pytest.mark.parametrize('kind', ['parts', 'scores'])
+def test_maps_follow_their_images(kind):
     "Through every crop and flip a patch keeps the label, or the score, of the colour that it shows"
     labels = torch.nn.functional.interpolate(torch.rand(40, 3, 3, 4, generator=generator('painted')),
                                              (8, 12), mode='bicubic').argmax(1)
     scores = torch.nn.functional.interpolate(torch.rand(40, 1, 3, 4, generator=generator('painted')),
                                              (8, 12), mode='bilinear')[:, 0]
-    maps = (torch.nn.functional.one_hot(labels, 3).movedim(-1, 1).float() if looks_at == 'parts'
+    maps = (torch.nn.functional.one_hot(labels, 3).movedim(-1, 1).float() if kind == 'parts'
             else scores[:, None].expand(-1, 3, -1, -1))
     images = (maps.repeat_interleave(4, 2).repeat_interleave(4, 3)*255).to(torch.uint8)
     seen = []
     try:
-        @strategy(looks_at)
+        @strategy(kind)
         def spy(x, ratio, gen, progress=0.):
             seen.append(x)
             return STRATEGIES['random'](x, ratio, gen)
-        painted = Batches(images, (4, 6), labels.byte() if looks_at == 'parts' else scores,
+        painted = Batches(images, (4, 6), labels.byte() if kind == 'parts' else scores,
                           dict(name='spy', ratio=.5), epochs=2, batch=40)
         for step in (0, 1):
             colour = patchify(unnormalize(painted[step][0]).float()/255, 8).unflatten(2, (64, 3)).mean(2)
-            if looks_at == 'parts':
+            if kind == 'parts':
                 first, second = colour.topk(2).values.unbind(2)
                 assert (seen[-1].flatten(1) == colour.argmax(2))[first - second > .1].all()
             else:

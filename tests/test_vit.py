@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 
 from semmae.core import SemmaeError, generator
 from semmae.images import normalize
-from semmae.vit import load_encoder, look, look_at, make_encoder, open_encoder, save_encoder
+from semmae.vit import load_encoder, block_output, block_outputs, make_encoder, open_encoder, save_encoder
 
 IMAGES = torch.randint(0, 256, (3, 3, 48, 32), dtype=torch.uint8, generator=generator('images'))
 KINDS = [dict(), dict(reg_tokens=3), dict(class_token=False, global_pool='avg'),
@@ -31,7 +31,7 @@ def test_tokens_are_those_that_timm_gives(kw, block):
                                      return_prefix_tokens=True, norm=True, output_fmt='NLC',
                                      intermediates_only=True)[0]
     patches, prefix = peer if isinstance(peer, tuple) else (peer, None)
-    seen = look(vit, IMAGES, block)
+    seen = block_output(vit, IMAGES, block)
     assert torch.allclose(seen.patches, vit.fc_norm(patches).view(3, 6, 4, 48), atol=1e-5)
     mean = vit.fc_norm(patches).mean(1)
     token = prefix[:, 0] if vit.has_class_token else mean
@@ -47,7 +47,7 @@ def test_attention_is_what_the_block_multiplies_its_values_with(kw):
     vit.blocks[1].attn.attn_drop.register_forward_hook(lambda m, i, o: kept.append(o))
     vit(normalize(IMAGES.float()))
     rows = kept[0][:, :, 0] if vit.has_class_token else kept[0][:, :, vit.num_prefix_tokens:].mean(2)
-    assert torch.allclose(look(vit, IMAGES, block=2).attention,
+    assert torch.allclose(block_output(vit, IMAGES, block=2).attention,
                           rows[..., vit.num_prefix_tokens:].view(3, 3, 6, 4), atol=1e-6)
 
 
@@ -58,22 +58,22 @@ def test_an_encoder_of_timms_opens_by_name_and_file_at_any_size(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(vit.state_dict().values(), same.state_dict().values(),
                                                  strict=True))
     wide = open_encoder('vit_tiny_patch16_224', tmp_path/'w.safetensors', image=(64, 128))
-    assert look(wide, IMAGES).patches.shape == (3, 4, 8, 192)
+    assert block_output(wide, IMAGES).patches.shape == (3, 4, 8, 192)
     assert torch.equal(wide.blocks[0].attn.qkv.weight, vit.blocks[0].attn.qkv.weight)
-    assert look(same, IMAGES).class_token.shape == (3, 192)
+    assert block_output(same, IMAGES).class_token.shape == (3, 192)
     assert not any(p.requires_grad for p in same.parameters())
     assert same.stats[0] == [.5, .5, .5], 'the colours that this model was made for'
     save_encoder(wide, tmp_path/'again.safetensors')
     again = load_encoder(tmp_path/'again.safetensors').eval()
-    assert torch.equal(look(again, IMAGES).patches, look(wide, IMAGES).patches), (
+    assert torch.equal(block_output(again, IMAGES).patches, block_output(wide, IMAGES).patches), (
         'colours and size are kept in the file')
 
 
 def test_our_own_opens_at_another_size(tmp_path):
     save_encoder(fresh(), tmp_path/'e.safetensors')
-    assert torch.equal(look(open_encoder(weights=tmp_path/'e.safetensors'), IMAGES).patches,
-                       look(load_encoder(tmp_path/'e.safetensors').eval(), IMAGES).patches)
-    assert look(open_encoder(weights=tmp_path/'e.safetensors', image=(96, 64)),
+    assert torch.equal(block_output(open_encoder(weights=tmp_path/'e.safetensors'), IMAGES).patches,
+                       block_output(load_encoder(tmp_path/'e.safetensors').eval(), IMAGES).patches)
+    assert block_output(open_encoder(weights=tmp_path/'e.safetensors', image=(96, 64)),
                 IMAGES).patches.shape == (3, 12, 8, 48)
 
 
@@ -109,18 +109,18 @@ def test_attention_of_another_kind_is_refused(name):
     "Rather than read as what it is not"
     vit = make_encoder(name, image=(32, 32), depth=1)
     with pytest.raises(SemmaeError, match='cannot be read: choose another `teacher.name`'):
-        look(vit, IMAGES)
+        block_output(vit, IMAGES)
 
 
 def test_another_number_of_channels_is_one_sentence():
     with pytest.raises(SemmaeError, match='images of 1 channels and these have 3: set `data.channels`'):
-        look(fresh(channels=1), IMAGES)
+        block_output(fresh(channels=1), IMAGES)
 
 
 def test_several_blocks_in_one_pass():
     vit = fresh()
-    for block, seen in zip((3, 1, None), look_at(vit, IMAGES, (3, 1, None))):
-        assert all(torch.equal(a, b) for a, b in zip(seen, look(vit, IMAGES, block)))
+    for block, seen in zip((3, 1, None), block_outputs(vit, IMAGES, (3, 1, None))):
+        assert all(torch.equal(a, b) for a, b in zip(seen, block_output(vit, IMAGES, block)))
 
 
 def test_no_network_is_one_sentence(monkeypatch):
@@ -134,4 +134,4 @@ def test_no_network_is_one_sentence(monkeypatch):
 
 def test_a_block_that_is_not_there():
     with pytest.raises(SemmaeError, match='has 3 blocks: choose'):
-        look(fresh(), IMAGES, 4)
+        block_output(fresh(), IMAGES, 4)

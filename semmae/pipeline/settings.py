@@ -26,7 +26,7 @@ from ..mae import MAE
 from ..masking import STRATEGIES, find_strategy
 from ..parts import SOURCES
 from .encoders import fresh_encoder, make_of
-from .guide import looks_at, needs
+from .guide import guide_kind, needs
 from .params import changed, pick, read_params, read_yaml
 from ..pretrain import check_compile, make_optimizer, open_masking, pretrain
 from ..segment import segment
@@ -169,7 +169,7 @@ def check_teacher(cfg, root):
 
 def check_guide(cfg, root):
     "See that the maps or scores that a masking looks at can be had"
-    source, kind = cfg['parts']['source'], looks_at(cfg)
+    source, kind = cfg['parts']['source'], guide_kind(cfg)
     known = ['none', 'given', *SOURCES]
     there = source in known or (Path(root)/Path(source).expanduser()).is_dir()
     check(there, f"`parts.source` is {source!r}: write a folder of maps, or one of {', '.join(known)}")

@@ -21,7 +21,7 @@ from ..demo.draw import make_demo
 from ..evaluate import accuracy, features, knn, linear_probe, whiten
 from ..parts import SOURCES
 from .encoders import open_teacher
-from .guide import looks_at, make_guide
+from .guide import guide_kind, make_guide
 from .params import changed, check_profile, pick, read_params, read_yaml
 from .settings import Seed, check_types, model_of, profile_model
 from .train import fresh_mae
@@ -146,7 +146,7 @@ class Bench:
 
     def guide(self, cfg):
         "What the masking of a row looks at, (N,h,w)"
-        kind, source = looks_at(cfg), cfg['parts']['source']
+        kind, source = guide_kind(cfg), cfg['parts']['source']
         if kind is None:
             return None
         key = json.dumps([kind, cfg['teacher'], cfg['parts'], cfg['seed']])

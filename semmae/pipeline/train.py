@@ -12,7 +12,7 @@ from ..core import best_device, file_hash, write_csv, write_json
 from ..images import read_maps
 from ..mae import MAE, save_mae
 from .encoders import check_labels, fresh_encoder, load_teacher, open_teacher
-from .guide import looks_at, make_guide, needs
+from .guide import guide_kind, make_guide, needs
 from .params import read_params
 from ..pretrain import pretrain
 from ..sources import load_images
@@ -21,7 +21,7 @@ from ..train import join, run_process, world
 # %% ../../nbs/pipeline/glue/06_train.ipynb #7d01e006
 def guide_of(cfg, base, train, root): # with an entry's changes, and without; an ImageSet
     "What the masking of a training looks at, (N,h,w)"
-    if looks_at(cfg) is None:
+    if guide_kind(cfg) is None:
         return None
     if needs(cfg, base) == 'runs/parts':
         return read_maps(f'{root}/runs/parts', 'train', train.images).to(train.images.device)
@@ -31,7 +31,7 @@ def guide_of(cfg, base, train, root): # with an entry's changes, and without; an
 
 def left_out(cfg, base, train):
     "Say why an entry cannot be trained on these images, or need not be; None: it can"
-    kind, source = looks_at(cfg), cfg['parts']['source']
+    kind, source = guide_kind(cfg), cfg['parts']['source']
     unseen = () if kind else ('teacher', 'parts')
     if all(cfg[k] == base[k] for k in cfg if k not in unseen):
         return 'it would be the main run'
