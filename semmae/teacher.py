@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GREY', 'random_colours', 'view', 'place', 'random_blocks', 'Standard', 'Head', 'everywhere', 'balance', 'cross',
-           'Sums', 'Distiller', 'shared_bits', 'check_bits', 'Views', 'rise', 'distil']
+           'Sums', 'Distiller', 'shared_bits', 'check_bits', 'Views', 'distil']
 
 # %% ../nbs/09_teacher.ipynb #d5778e1d
 import copy, math
@@ -16,11 +16,11 @@ from timm.optim import create_optimizer_v2
 from torch import distributed as dist, nn
 from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 from .core import Amount, Count, Scale, Unit, check, constant, draw, generator
-from .images import crop, normalize, random_boxes, random_flips
-from .train import Checkpoint, Shuffled, enough_memory, lr_at, prepare, run_epochs, run_key, world
+from .images import normalize
+from .train import (Checkpoint, Learner, Shuffled, enough_memory, prepare, random_crops, run_epochs,
+                          run_key, world)
 from .vit import autocast, encode
 
 # %% ../nbs/09_teacher.ipynb #083d8594
@@ -31,31 +31,29 @@ def random_colours(imgs,         # (B,3,H,W), 0–255
                    strength=.4,  # of brightness, contrast and saturation
                    hue=.5,       # the largest turn, in circles
                    grey=.2):     # share of images that lose their colours
-    "Every image in other colours"
+    "Show every image in other colours"
     u = draw(gen, len(imgs), 5)
     bright, contrast, colour = (1 + strength*(2*u[:, :3] - 1)).unbind(1)
-    angle = 2*math.pi*hue*(2*u[:, 3] - 1)
-    colour = torch.where(u[:, 4] < grey, 0., colour)
-    luma = constant(GREY, imgs.device).expand(3, 3)                      # every row: the grey value
-    i = torch.eye(3, device=imgs.device)
-    thirds, cross = (imgs.new_full((3, 3), 1/3),
-                     constant(((0, -1, 1), (1, 0, -1), (-1, 1, 0)), imgs.device)/math.sqrt(3))
-    cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
-    turn = cos*i + (1 - cos)*thirds + sin*cross                          # a rotation around the axis of greys
-    mix = (turn @ (luma + colour[:, None, None]*(i - luma)))*(bright*contrast)[:, None, None]
+    angle = (2*math.pi*hue*(2*u[:, 3] - 1))[:, None, None]
+    colour = torch.where(u[:, 4] < grey, 0., colour)[:, None, None]
+    weights, i = constant(GREY, imgs.device), torch.eye(3, device=imgs.device)
+    thirds = imgs.new_full((3, 3), 1/3)
+    cross = constant(((0, -1, 1), (1, 0, -1), (-1, 1, 0)), imgs.device)/math.sqrt(3)
+    turn = angle.cos()*i + (1 - angle.cos())*thirds + angle.sin()*cross  # a rotation around the axis of greys
+    luma = weights.expand(3, 3)                                          # every row: the grey value
+    mix = (turn @ (luma + colour*(i - luma)))*(bright*contrast)[:, None, None]
     x = torch.einsum('bij,bjhw->bihw', mix, imgs)
-    mean = (imgs.mean((2, 3)) @ constant(GREY, imgs.device))*bright*(1 - contrast)
+    mean = (imgs.mean((2, 3)) @ weights)*bright*(1 - contrast)
     return (x + mean[:, None, None, None]).clamp(0, 255)
 
 def view(images, size, scale, gen):
-    "A random crop of every image, mirrored or not, in other colours, normalised"
-    boxes, flips = random_boxes(len(images), gen, images.shape[2:], scale), random_flips(len(images), gen)
-    x = crop(images, boxes, flips, size)
+    "Crop every image at random, mirrored or not, in other colours, normalised"
+    x, _, _ = random_crops(images, size, scale, gen, gen)
     return normalize(random_colours(x, gen) if x.shape[1] == 3 else x)
 
 # %% ../nbs/09_teacher.ipynb #bd42edd7
 def place(imgs, frame, patch, gen):
-    "Small images somewhere on empty frames, and the ids of their patches"
+    "Lay small images somewhere on empty frames; return these, and the ids of their patches"
     (h, w), (H, W) = imgs.shape[2:], frame
     y, x = (int(torch.randint(n//patch + 1, (1,), generator=gen)) for n in (H - h, W - w))
     rows, cols = (torch.arange(n//patch, device=imgs.device) + start for n, start in ((h, y), (w, x)))
@@ -63,19 +61,19 @@ def place(imgs, frame, patch, gen):
     return F.pad(imgs, (x*patch, W - w - x*patch, y*patch, H - h - y*patch)), ids.expand(len(imgs), -1)
 
 def random_blocks(n, grid, gen, share=(.1, .5), chance=.5):
-    "Which patches to hide, (n,L): blocks that grow until the share is reached"
+    "Draw which patches to hide, (n,L): blocks that grow until the share is reached"
     h, w = grid
-    y, x = torch.meshgrid(torch.arange(h, device=gen.device), torch.arange(w, device=gen.device),
-                          indexing='ij')
+    def inside(side, start, size):
+        cells = torch.arange(side, device=gen.device) + .5
+        return (cells > start[..., None]) & (cells < (start + size)[..., None])
     u = draw(gen, n, 8, 4)
     area = (.15 + .35*u[..., 2])*h*w                                     # of a block, in patches
     tall = (area*(.4*6.25**u[..., 3])).sqrt()
     wide = area/tall
-    top, left = u[..., 0]*(h + tall) - tall, u[..., 1]*(w + wide) - wide
-    inside = lambda v, start, size: ((v + .5 > start[..., None, None])
-                                     & (v + .5 < (start + size)[..., None, None]))
+    rows = inside(h, u[..., 0]*(h + tall) - tall, tall)
+    cols = inside(w, u[..., 1]*(w + wide) - wide, wide)
     # (n,8,L): by the first so many blocks
-    covered = (inside(y, top, tall) & inside(x, left, wide)).float().flatten(2).cumsum(1)
+    covered = (rows[..., None] & cols[..., None, :]).float().flatten(2).cumsum(1)
     v = draw(gen, n, 2)
     want = (share[0] + (share[1] - share[0])*v[:, 0])*h*w*(v[:, 1] < chance)
     order = (covered > 0).sum(1) + draw(gen, n, h*w)                     # the earlier covered, the higher
@@ -105,13 +103,13 @@ class Head(nn.Module):
         return F.normalize(self.mlp(x), dim=-1) @ F.normalize(self.words, dim=1).T.to(x.dtype)
 
 def everywhere(x):
-    "The sum over all processes"
+    "Sum over all processes"
     if world()[1] > 1:
         dist.all_reduce(x)
     return x
 
 def balance(scores, sharp, rounds=3):
-    "Answers in which every word is used as often as any other, in the batch of all processes"
+    "Turn scores into answers that use every word as often as any other, in the batch of all processes"
     q = (scores/sharp).softmax(1)
     for _ in range(rounds):
         q = q/everywhere(q.sum(0, keepdim=True)).clamp(min=1e-12)
@@ -119,12 +117,12 @@ def balance(scores, sharp, rounds=3):
     return q
 
 def cross(p, log_q):
-    "Cross-entropies, row by row"
+    "Return cross-entropies, row by row"
     return -(p*log_q).sum(1)
 
 # %% ../nbs/09_teacher.ipynb #2b7a5d28
 class Sums(NamedTuple):
-    "What the teacher told in a step, sums over the batch"
+    "What the teacher answered in a step, sums over the batch"
     scores: torch.Tensor   # (2,K) of class tokens, of hidden patches
     tokens: torch.Tensor   # (2,) how many of each
     answers: torch.Tensor  # (2,K) to first and to second views
@@ -135,8 +133,7 @@ class Distiller(nn.Module):
     "A student, its teacher and what they say to each other"
     def __init__(self, encoder, n_words=512, balanced=True, seed=0):
         super().__init__()
-        check(encoder.has_class_token,
-              "the teacher's encoder has no class token: choose another `teacher.encoder`")
+        check(encoder.has_class_token, "`teacher.encoder` has no class token: choose another")
         self.balanced = balanced
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(generator(seed, 'teacher').initial_seed())
@@ -145,25 +142,25 @@ class Distiller(nn.Module):
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
         self.register_buffer('centres', torch.zeros(2, n_words))           # of class tokens, of patch tokens
 
-    def scores_of(self, who, imgs, hide, token=None):
-        "Scores of class tokens (B,K) and of the patches in `hide` (M,K)"
-        tokens = encode(who['encoder'], imgs, hide=None if token is None else hide, token=token)
-        return (who['head'](tokens[:, 0]).float(),
-                who['head'](tokens[:, who['encoder'].num_prefix_tokens:][hide]).float())
+    def scores_of(self, network, imgs, hide, token=None):
+        "Return scores of class tokens (B,K) and of the patches in `hide` (M,K)"
+        encoder, head = network['encoder'], network['head']
+        tokens = encode(encoder, imgs, hide=None if token is None else hide, token=token)
+        return head(tokens[:, 0]).float(), head(tokens[:, encoder.num_prefix_tokens:][hide]).float()
 
-    def forward(self, large, hide, small, seen, sharp, soft=.1):
-        "The loss, and what the teacher told"
+    def forward(self, large, hide, small, ids, sharp, soft=.1):
+        "Return the loss, and what the teacher answered"
         with torch.no_grad():
             scores = self.scores_of(self.teacher, large, hide)
             whole, patches = (balance(x, sharp) if self.balanced else ((x - c)/sharp).softmax(1)
                               for x, c in zip(scores, self.centres))
-        mine, painted = ((x/soft).log_softmax(1)
-                         for x in self.scores_of(self.student, large, hide, self.token))
+        student = self.scores_of(self.student, large, hide, self.token)
+        mine, painted = ((x/soft).log_softmax(1) for x in student)
         (a, b), (p, q) = whole.chunk(2), mine.chunk(2)
         pairs = [cross(a, q), cross(b, p)]
         if len(small):
-            words = (self.student['head'](encode(self.student['encoder'], small, seen)[:, 0]).float()/soft
-                     ).log_softmax(1)
+            tokens = encode(self.student['encoder'], small, ids)[:, 0]
+            words = (self.student['head'](tokens).float()/soft).log_softmax(1)
             pairs += [cross(t, w) for w in words.split(len(a)) for t in (a, b)]
         # an image counts once, however much of it is hidden
         rare = 1/hide.sum(1, keepdim=True).expand_as(hide)[hide]
@@ -174,107 +171,88 @@ class Distiller(nn.Module):
 
     @torch.no_grad()
     def follow(self, sums, momentum, centring=.9):
-        "The teacher moves towards the student, its centres towards its scores"
+        "Move the teacher towards the student, its centres towards its scores"
         for t, s in zip(self.teacher.parameters(), self.student.parameters()):
             t.lerp_(s, 1 - momentum)
         n = sums.tokens[:, None]
         self.centres.lerp_(torch.where(n > 0, sums.scores/n.clamp(min=1), self.centres), 1 - centring)
 
 # %% ../nbs/09_teacher.ipynb #4e3df06e
-def shared_bits(steps): # of the steps of an epoch
-    "How much likelier two views of one image get the same word than views of two images, in bits"
+def shared_bits(steps): # of an epoch
+    "Return how much likelier two views of one image get the same word than views of two images, in bits"
     _, tokens, answers, agree = (sum(x) for x in zip(*steps))
     n = tokens[0]/2  # images
     first, second = answers/n
     return (agree/n/(first @ second)).clamp(min=1e-6).log2().item()
 
 def check_bits(bits, epoch, warmup_epochs):
-    "Training stops where answers have nothing to do with images"
+    "Stop where answers have nothing to do with images"
     check(bits > .1 or epoch <= warmup_epochs + 2,
-          f"the teacher has collapsed: in epoch {epoch} two views of an image get the same word "
-          f"hardly more often than views of two images ({bits:.2f} bits); "
-          "lower `teacher.lr` or `teacher.sharp`")
+          f"the teacher has collapsed: in epoch {epoch} two views of an image get the same word hardly more "
+          f"often than views of two images ({bits:.2f} bits): lower `teacher.lr` or `teacher.sharp`")
 
 # %% ../nbs/09_teacher.ipynb #8484451c
 class Views(Shuffled):
     "What every step sees: large crops, which patches are hidden, small crops on frames, ids of their patches"
     def __init__(self, images, encoder, epochs, batch, large=(.4, 1.), small=(.2, .5), n_small=2, seed=0):
         super().__init__(images, epochs, batch, seed, 'teacher')
-        self.size, (self.patch, _), self.grid = (encoder.patch_embed.img_size, encoder.patch_embed.patch_size,
-                                                 encoder.patch_embed.grid_size)
+        patches = encoder.patch_embed
+        self.size, self.patch, self.grid = patches.img_size, patches.patch_size[0], patches.grid_size
         self.large, self.small, self.n_small = large, small, n_small
         self.part = tuple(max(1, n//2)*self.patch for n in self.grid)
 
     def at(self, step, share=0, shares=1):
-        "One of the `shares` that processes cut the batch of a step into"
+        "Return one of the shares that processes cut the batch of a step into"
         ids, images, gen = self.take(step, share, shares)
         large = [view(images, self.size, self.large, gen('large', k)) for k in range(2)]
         hide = [random_blocks(len(ids), self.grid, gen('hide', k)) for k in range(2)]
         small = [place(view(images, self.part, self.small, gen('small', k)), self.size, self.patch,
                        generator(self.seed, 'place', k, step)) for k in range(self.n_small)]
-        frames, seen = map(torch.cat, zip(*small)) if small else ([], [])
-        return torch.cat(large), torch.cat(hide), frames, seen
-
-# %% ../nbs/09_teacher.ipynb #b62677a7
-def rise(done, start, end):
-    "From `start` to `end` on a cosine"
-    return end + (start - end)*.5*(1 + math.cos(math.pi*done))
+        frames, places = map(torch.cat, zip(*small)) if small else ([], [])
+        return torch.cat(large), torch.cat(hide), frames, places
 
 # %% ../nbs/09_teacher.ipynb #224b4a8e
-def distil(encoder,           # fresh; trained in place, in the end the average of its training
-           images,            # (N,C,H,W) uint8 or a Stream, on the device that trains
-           epochs: Count = 100,
-           batch: Count = 128,
-           lr: Amount = 2e-3,           # per 256 images
-           warmup_epochs: Amount = 3,
+def distil(encoder, images,    # fresh; (N,C,H,W) uint8 or a Stream, on the device that trains
+           epochs: Count = 100, batch: Count = 128,
+           lr: Amount = 2e-3, warmup_epochs: Amount = 3, # the rate is that of 256 images
            weight_decay: Amount = .04,
-           momentum: Unit = .9,         # of the teacher; rises to 1
+           momentum: Unit = .9, # of the teacher; rises to 1
            # temperature of the teacher's answers; the student's is 0.1
            sharp: Annotated[float, Gt(0), Lt(.1)] = .015,
            n_words: Annotated[int, Ge(1), Le(10**6)] = 512,
-           balanced: bool = True,       # else centred
-           clip: Amount = 3.,           # norm of the gradient; 0: as it is
-           judge_every: Count = 5,      # epochs
-           large: Scale = (.4, 1.),     # area of the two large crops
-           small: Scale = (.2, .5),     # of the small ones
-           n_small: Annotated[int, Ge(0), Le(100)] = 2,
-           seed=0,
-           judge=None,        # encoder -> dict, for the rows of some epochs
-           checkpoint=None,   # a file to go on from
-           log=print):
-    "Train an encoder by self-distillation; rows of epoch, step, loss, bits (see `shared`), what `judge` says"
-    views, (rank, ranks) = Views(images, encoder, epochs, batch, large, small, n_small, seed), world()
-    with enough_memory(batch, 'teacher'):
-        both = prepare(Distiller(encoder, n_words, balanced, seed), images.device)
-    model = DistributedDataParallel(both) if ranks > 1 else both
-    opt = create_optimizer_v2(both, 'adamw', lr=lr, weight_decay=weight_decay, fused=True)
+           balanced: bool = True, # else centred
+           clip: Amount = 3.,     # norm of the gradient; 0: as it is
+           judge_every: Count = 5, # epochs
+           large: Scale = (.4, 1.), small: Scale = (.2, .5), # areas of the two large crops, of the small ones
+           n_small: Annotated[int, Ge(0), Le(100)] = 2, seed=0,
+           judge=None,            # encoder -> dict, for the rows of some epochs
+           checkpoint=None, log=print): # a file to go on from
+    "Train an encoder in place; return rows of epoch, step, loss, bits (see `shared_bits`), what `judge` says"
+    data, steps = Views(images, encoder, epochs, batch, large, small, n_small, seed), []
     key = run_key('teacher', images, model=repr((encoder, encoder.recipe)),
                   options=(epochs, batch, lr, warmup_epochs, weight_decay, momentum, sharp, n_words,
                            balanced, clip, judge_every, large, small, n_small, seed))
-    state, steps = checkpoint and Checkpoint(checkpoint, key, both=both, opt=opt), []
-    def learn(step):
-        for group in opt.param_groups:
-            group['lr'] = lr_at(step, views.steps, warmup_epochs*views.per_epoch, lr*batch/256)
-        seen = views.at(step, rank, ranks)
+    with enough_memory(data):
+        both = prepare(Distiller(encoder, n_words, balanced, seed), images.device)
+    opt = create_optimizer_v2(both, 'adamw', lr=lr, weight_decay=weight_decay, fused=True)
+    learner = Learner(both, opt, clip, both.student)
+    def learn(step, rate):
+        views = data.at(step, *world())
         with autocast(images.device):
-            loss, sums = model(*seen, sharp)
-        loss = loss*len(seen[0])/(2*batch)                                 # this process's share
-        (loss*ranks).backward()                                            # of which the average is taken
-        if clip:
-            nn.utils.clip_grad_norm_(both.student.parameters(), clip)
-        opt.step()
-        opt.zero_grad()
+            loss, sums = learner.parallel(*views, sharp)
+        share = learner.learn(loss*len(views[0])/(2*batch), rate)
         sums = Sums(*map(everywhere, sums))
-        both.follow(sums, rise(step/views.steps, momentum, 1.))
         steps.append(sums)
-        return loss.detach()
+        both.follow(sums, 1 + (momentum - 1)*.5*(1 + math.cos(math.pi*(step/data.steps))))
+        return share
     judged = judge(both.teacher['encoder']) if judge else {}
-    def row(epoch):
+    def row(epoch, rate):
         bits = shared_bits(steps)
         steps.clear()
         check_bits(bits, epoch, warmup_epochs)
         now = judge and (epoch % judge_every == 0 or epoch == epochs)
         return dict(bits=bits) | (judge(both.teacher['encoder']) if now else dict.fromkeys(judged, math.nan))
-    history = run_epochs(learn, both, epochs, views.per_epoch, batch, 'teacher', state, row, log)
+    state = checkpoint and Checkpoint(checkpoint, key, both=both, opt=opt)
+    history = run_epochs(learn, both, data, lr, warmup_epochs, state, row, log)
     encoder.load_state_dict(both.teacher['encoder'].state_dict())
     return [dict(epoch=0, step=0, loss=math.nan, bits=math.nan) | judged, *history]

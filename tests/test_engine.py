@@ -15,8 +15,9 @@ from conftest import ROOT, environment, wait_for
 from worker import IMAGES, MAPS, cramped, killed, starved, tune, work
 
 from semmae.core import SemmaeError, read_json
+from semmae.pipeline.processes import launch, run_process
 from semmae.pipeline.train import train_stage
-from semmae.train import launch, run_key, run_process
+from semmae.train import run_key
 
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node']
 workers = get_context('forkserver')
@@ -210,8 +211,8 @@ def test_what_is_chosen_by_value(tmp_path, options):
 
 def test_a_rank_ends_with_its_parent(monkeypatch):
     called = []
-    monkeypatch.setattr('semmae.train.world', lambda: (0, 2))
-    monkeypatch.setattr('semmae.train.die_with_parent', lambda: called.append('watches'))
+    monkeypatch.setattr('semmae.pipeline.processes.world', lambda: (0, 2))
+    monkeypatch.setattr('semmae.pipeline.processes.die_with_parent', lambda: called.append('watches'))
     run_process(lambda *args: called.append('trains'))
     assert called == ['watches', 'trains']
 

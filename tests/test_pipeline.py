@@ -15,10 +15,10 @@ from conftest import ROOT, environment, sh, wait_for
 from nbformat.v4 import new_code_cell, new_notebook
 
 from semmae.core import SemmaeError
+from semmae.pipeline.processes import launch
 from semmae.pipeline.teacher import teacher_stage
 from semmae.pipeline.train import train_stage
 from semmae.pipeline.tune import finetune_stage, segment_stage
-from semmae.train import launch
 
 RESULTS = ['runs/teacher/encoder.safetensors', 'runs/teacher/history.csv', 'runs/parts/train.npy',
            'runs/metrics/teacher.json', 'runs/metrics/parts.json', 'runs/train/semmae/encoder.safetensors',

@@ -21,9 +21,10 @@ from torchvision import datasets, transforms
 from .. import pretrain as pretraining
 from ..core import SemmaeError, best_device, check
 from ..mae import MAE
+from ..pipeline.processes import complaint
 from ..pretrain import pretrain
 from ..sources import load_images
-from ..train import complaint, join, world
+from ..train import join, world
 from ..vit import make_encoder
 
 # %% ../../nbs/bench/speed.ipynb #bced1b88

@@ -18,8 +18,9 @@ from typing import Annotated, Literal, get_args
 import timm, torch
 from annotated_types import Ge, Le
 from pydantic import ConfigDict, ValidationError, create_model
+from timm.optim import create_optimizer_v2
 
-from ..core import SemmaeError, Share, Size, check, defaults_of, options_of
+from ..core import SemmaeError, Share, Size, check, defaults_of, generator, options_of
 from ..evaluate import score
 from ..finetune import finetune
 from ..mae import MAE
@@ -28,7 +29,7 @@ from ..parts import SOURCES
 from .encoders import fresh_encoder, make_of
 from .guide import guide_kind, needs
 from .params import changed, pick, read_params, read_yaml
-from ..pretrain import check_compile, make_optimizer, open_masking, pretrain
+from ..pretrain import GRAPH, pretrain
 from ..segment import segment
 from ..sources import load_images
 from ..teacher import Distiller, distil
@@ -145,12 +146,22 @@ def check_models(cfg, root):
     "Make the models of a profile without weights, and a mask"
     with torch.device('meta'):
         mae = MAE(fresh_encoder(cfg), **cfg['decoder'])
-    open_masking(cfg['pretrain']['masking'], mae.grid)
+    masking = cfg['pretrain']['masking']
+    for ratio in masking['ratio'] if isinstance(masking['ratio'], list) else [masking['ratio']]:
+        hide = find_strategy(**masking | dict(ratio=ratio))
+        kind = torch.long if hide.guide == 'parts' else torch.float
+        hide(torch.zeros(1, *mae.grid, dtype=kind), generator('try'))
 
 def check_optimizer(cfg, root):
     "Make the optimiser that a profile names"
-    if 'optimizer' in cfg['pretrain']:
-        make_optimizer(torch.nn.Linear(1, 1), cfg['pretrain']['optimizer'], lr=.1)
+    used = defaults_of(pretrain) | cfg['pretrain']
+    optimizer, graph = used['optimizer'], dict(capturable=True) if used['compile'] == GRAPH else {}
+    options = dict(opt=optimizer) if isinstance(optimizer, str) else optimizer
+    try:
+        create_optimizer_v2(torch.nn.Linear(1, 1), lr=.1, weight_decay=.1, **options, **graph)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as e:
+        raise SemmaeError("timm cannot make the optimiser that `pretrain.optimizer` names, "
+                          f"{optimizer!r} ({e}): correct its name and options") from e
 
 def check_teacher(cfg, root):
     "Make a teacher that is trained without weights; know the name of one that is opened"
@@ -190,7 +201,14 @@ def check_batches(cfg, root):
 
 def check_compiling(cfg, root):
     "See that a way to compile is known, and works with several processes and turns"
-    check_compile(cfg['pretrain'].get('compile'), cfg['processes']*cfg['pretrain'].get('accumulate', 1))
+    compile, modes = cfg['pretrain'].get('compile'), torch._inductor.list_mode_options()
+    check(compile in (None, GRAPH, *modes, *torch._dynamo.list_backends(())),
+          f"`pretrain.compile` is {compile!r}: choose null, graph, one of {', '.join(modes)}, "
+          "or a backend of torch.compile")
+    recorded = compile == GRAPH or modes.get(compile, {}).get('triton.cudagraphs')
+    check(not recorded or cfg['processes']*cfg['pretrain'].get('accumulate', 1) == 1,
+          f"`pretrain.compile` is {compile!r}, which keeps gradients in CUDA graphs, "
+          "for one process and one turn: choose default, or set `processes` and `pretrain.accumulate` to 1")
 
 def check_warm_ups(cfg, root):
     "See that every training lasts longer than its warm-up"

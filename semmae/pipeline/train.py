@@ -14,9 +14,10 @@ from ..mae import MAE, save_mae
 from .encoders import check_labels, fresh_encoder, load_teacher, open_teacher
 from .guide import guide_kind, make_guide, needs
 from .params import read_params
+from .processes import run_process
 from ..pretrain import pretrain
 from ..sources import load_images
-from ..train import join, run_process, world
+from ..train import join, world
 
 # %% ../../nbs/pipeline/glue/06_train.ipynb #7d01e006
 def guide_of(cfg, base, train, root): # with an entry's changes, and without; an ImageSet
