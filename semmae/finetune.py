@@ -68,13 +68,10 @@ class Labelled(Shuffled):
 # %% ../nbs/14_finetune.ipynb #dff3f31d
 Drop = Annotated[float, Ge(0), Lt(1)]  # a share, not all
 
-def learn_labels(encoder, images, targets, n_out, pool,
-                 stage,      # the block of params.yaml that errors point to
-                 loss,       # from (answers of the model, targets) to a number
-                 mix,        # from (imgs, targets, step) to what the step learns from
-                 checkpoint, log,
-                 options,    # those that `finetune` and `segment` share
-                 others=()): # what else tells runs apart
+def learn_labels(encoder, images, targets, n_out, pool, stage, # the block of params.yaml that errors point to
+                 loss, mix, # (answers, targets) -> a number; (imgs, targets, step) -> what is learned from
+                 checkpoint, log, options, # which `finetune` and `segment` share
+                 others=()):               # what else tells runs apart
     "Learn an encoder with a head; return it, and rows of epoch, step, loss, lr"
     epochs, batch, lr, warmup_epochs, weight_decay, layer_decay, drop_path, crop_scale, seed = options
     model = with_head(encoder, n_out, pool, drop_path)
@@ -110,11 +107,11 @@ def mixing(n_classes, mixup, cutmix, smoothing, erase, seed, device):
 def finetune(encoder, images, classes, # (N,C,H,W) uint8 or a Stream, on the device that trains; (N,)
              n_classes=None,           # None: as many as `classes` holds
              epochs: Count = 100, batch: Count = 1024, # images a step, of all processes together
-             lr: Amount = 5e-4, warmup_epochs: Amount = 5, # the rate is that of 256 images, of the head
-             weight_decay: Amount = .05, layer_decay: Unit = .65, drop_path: Drop = .1,
-             mixup: Amount = .8, cutmix: Amount = 1., smoothing: Drop = .1, erase: Unit = .25,
-             crop_scale: Scale = (.08, 1.), pool: Literal['avg', 'token'] = 'avg', seed=0,
-             checkpoint=None, log=print): # a file to go on from
+             lr: Amount = 5e-4,        # per 256 images, of the head
+             warmup_epochs: Amount = 5, weight_decay: Amount = .05, layer_decay: Unit = .65,
+             drop_path: Drop = .1, mixup: Amount = .8, cutmix: Amount = 1., smoothing: Drop = .1,
+             erase: Unit = .25, crop_scale: Scale = (.08, 1.), pool: Literal['avg', 'token'] = 'avg',
+             seed=0, checkpoint=None, log=print): # a file to go on from
     "Learn an encoder with a classifier; return it, and rows of epoch, step, loss, lr"
     n_classes = n_classes or int(classes.max()) + 1
     options = epochs, batch, lr, warmup_epochs, weight_decay, layer_decay, drop_path, crop_scale, seed

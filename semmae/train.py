@@ -126,10 +126,9 @@ def imported(source, package='semmae'): # that the source is part of
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom):
             name = resolve_name('.'*node.level + (node.module or ''), package)
-            inside = name != 'semmae' and node.module
-            for module in [name] if inside else [f'{name}.{a.name}' for a in node.names]:
-                if module.startswith('semmae.'):
-                    yield module.removeprefix('semmae.')
+            inside = node.module and name != 'semmae'
+            modules = [name] if inside else [f'{name}.{a.name}' for a in node.names]
+            yield from (m.removeprefix('semmae.') for m in modules if m.startswith('semmae.'))
 
 def modules_of(source, code=CODE):
     "Find the same, with what those modules import themselves: their files by name"

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['KEY', 'check_study', 'read_study', 'configure', 'rows_of', 'key_of', 'read_rows', 'add_row', 'score_of', 'judge',
-           'dense_iou', 'Bench', 'train', 'measure', 'hardware', 'commit_of', 'OutOfTime', 'Clock', 'run_study',
-           'words', 'in_short', 'chosen', 'by_seed', 'half_interval', 'ahead', 'print_ahead', 'difference',
+           'dense_iou', 'Bench', 'reopen', 'train', 'measure', 'hardware', 'commit_of', 'OutOfTime', 'Clock',
+           'run_study', 'words', 'in_short', 'chosen', 'by_seed', 'half_interval', 'ahead', 'print_ahead', 'difference',
            'show_ahead', 'list_study', 'main']
 
 # %% ../../nbs/pipeline/glue/11_study.ipynb #7850df2a
-import argparse, itertools, json, math, os, subprocess, time
+import argparse, copy, itertools, json, math, os, subprocess, time
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from .params import changed, check_profile, pick, read_params, read_yaml
 from .settings import Seed, check_types, model_of, profile_model
 from .train import fresh_mae
 from .tune import tune
-from ..pretrain import GRAPH, pretrain
+from ..pretrain import GRAPH, MaskLearner, pretrain
 from ..segment import linear_head, part_iou, segmented
 from ..sources import load_images
 from ..vit import autocast
@@ -156,13 +156,29 @@ class Bench:
             self.guides = {key: make_guide(cfg, encoder, self.splits[0], self.root)}  # one at a time
         return self.guides[key]
 
+# %% ../../nbs/pipeline/glue/11_study.ipynb #0065f7bd
+def reopen(kept, shapes, mae, **options): # learners of earlier rows; what programs depend on beside the model
+    "Begin anew in a learner that an earlier row left, or in a new one, with the weights of `mae`"
+    key = repr((mae.make(), shapes, options))
+    if key not in kept:
+        kept[key] = MaskLearner(copy.deepcopy(mae), **options)
+    learner = kept[key]
+    learner.model.load_state_dict(mae.state_dict())
+    for x in learner.memory():
+        x.zero_()
+    if learner.average:
+        learner.average.set(learner.model)
+    return learner
+
 # %% ../../nbs/pipeline/glue/11_study.ipynb #e550a99c
 def train(bench, cfg, log):
     "The autoencoder of a row, and its last loss; with no epochs, as it starts"
     mae = fresh_mae(cfg)
     options = cfg['pretrain'] | dict(compile=GRAPH if bench.device.type == 'cuda' else None)
     images, guide = bench.splits[0].images, bench.guide(cfg)
-    history = pretrain(mae, images, guide, **options, seed=cfg['seed'], kept=bench.kept, log=log)
+    shapes = options.get('batch'), options['masking']['ratio']
+    history = pretrain(mae, images, guide, **options, seed=cfg['seed'], log=log,
+                       make_learner=partial(reopen, bench.kept, shapes))
     return mae, history[-1]['loss'] if history else None
 
 def measure(bench, row, log):
