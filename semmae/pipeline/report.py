@@ -16,6 +16,7 @@ from ..evaluate import interval
 from ..images import read_maps
 from ..parts import SOURCES, open_parts, rename
 from .encoders import load_teacher
+from .guide import used
 from ..sources import load_images
 
 # %% ../../nbs/pipeline/glue/08_report.ipynb #4de885fd
@@ -112,7 +113,7 @@ def few_maps(root, cfg, n=300):
         beside = lambda name, **kw: open_parts(name, load_teacher(root), few(train), cfg['seed'],
                                                **kw).predict(few(test))
         # heads look at most parts at the last block
-        maps = dict(heads=beside('heads'), k_means=beside('k_means', **options)) | maps
+        maps = dict(heads=beside('heads'), k_means=beside('k_means', **used('k_means', options))) | maps
     if test.parts is None:
         return few(test), maps
     return few(test), {'true parts': test.parts[:n]} | {k: rename(m, test.parts[:n]) for k, m in maps.items()}
