@@ -11,9 +11,10 @@ from pathlib import Path
 from ..core import best_device, file_hash, write_json
 from ..images import read_maps, write_maps
 from ..parts import SOURCES, judge_parts, make_parts, used
+from .data import load_data
 from .encoders import load_teacher
 from .params import read_params
-from ..sources import SPLITS, load_images
+from ..sources import SPLITS
 
 # %% ../../nbs/pipeline/glue/05_parts.ipynb #7cf1e005
 def parts_stage(root, profile=None):
@@ -22,7 +23,7 @@ def parts_stage(root, profile=None):
     source, options = cfg['parts']['source'], {k: v for k, v in cfg['parts'].items() if k != 'source'}
     splits, about = {}, dict(source=source, seed=cfg['seed'])
     if source != 'none':
-        splits = dict(zip(SPLITS, [d.to(best_device()) for d in load_images(**cfg['data'], root=root)]))
+        splits = dict(zip(SPLITS, [d.to(best_device()) for d in load_data(cfg, root)]))
         about |= dict(images=len(splits['test']))
     if encoder := load_teacher(root):
         about |= dict(checkpoint=file_hash(runs/'teacher/encoder.safetensors'))
