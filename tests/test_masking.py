@@ -137,7 +137,7 @@ def test_hidden_patches_come_in_random_order(name):
 
 
 def test_labels_the_strategies_cannot_use():
-    for bad, says in ((torch.rand(2, 4, 4), 'part labels'), (torch.full((2, 4, 4), 256), '0 to 255'),
+    for bad, says in ((torch.rand(2, 4, 4), 'looks at parts'), (torch.full((2, 4, 4), 256), '0 to 255'),
                       (torch.full((2, 4, 4), -1), '0 to 255')):
         with pytest.raises(SemmaeError, match=says):
             blend(bad, .75, generator(0))

@@ -359,7 +359,7 @@ def test_what_users_may_get_wrong_is_one_sentence(tmp_path):
     with pytest.raises(SemmaeError, match='image 7 has no part 0'):
         closest(torch.ones(3, 2, 4), 7, 0)
     for wrong in (np.full((4, 2, 2), np.inf), np.full((4, 2, 2), 'cat'), np.full((4, 2, 2), None)):
-        with pytest.raises(SemmaeError, match='the maps of test are no numbers: give labels'):
+        with pytest.raises(SemmaeError, match='the maps of test'):
             write_maps(tmp_path, dict(test=wrong), dict(test=images))
     write_maps(tmp_path, dict(test=np.arange(16, dtype=np.uint16).reshape(4, 2, 2)), dict(test=images))
     assert torch.equal(read_maps(tmp_path, 'test', images).flatten().long(), torch.arange(16))

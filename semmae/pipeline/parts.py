@@ -14,10 +14,11 @@ from torch.nn import functional as F
 from ..core import best_device, check, file_hash, generator, write_json
 from ..images import read_maps, resized_parts, write_maps
 from ..parts import SOURCES, batched_outputs, score_parts
+from .data import load_data
 from .encoders import load_teacher
 from .guide import make_parts, used
 from .params import read_params
-from ..sources import SPLITS, load_images
+from ..sources import SPLITS
 
 # %% ../../nbs/pipeline/glue/05_parts.ipynb #0367ec77
 def control(pred, true, seed=0, **kw):
@@ -54,7 +55,7 @@ def parts_stage(root, profile=None):
     source, options = cfg['parts']['source'], {k: v for k, v in cfg['parts'].items() if k != 'source'}
     splits, about = {}, dict(source=source, seed=cfg['seed'])
     if source != 'none':
-        splits = dict(zip(SPLITS, [d.to(best_device()) for d in load_images(**cfg['data'], root=root)]))
+        splits = dict(zip(SPLITS, [d.to(best_device()) for d in load_data(cfg, root)]))
         about |= dict(images=len(splits['test']))
     if encoder := load_teacher(root):
         about |= dict(checkpoint=file_hash(runs/'teacher/encoder.safetensors'))

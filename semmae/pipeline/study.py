@@ -20,6 +20,7 @@ from ..core import Count, Inner, SemmaeError, Whole, best_device, defaults_of, d
 from ..demo.draw import make_demo
 from ..evaluate import accuracy, features, knn, linear_probe, whiten
 from ..parts import SOURCES
+from .data import load_data
 from .encoders import open_teacher
 from .guide import guide_kind, make_guide
 from .params import changed, check_profile, pick, read_params, read_yaml
@@ -28,7 +29,6 @@ from .train import fresh_mae
 from .tune import tune
 from ..pretrain import GRAPH, MaskLearner, pretrain
 from ..segment import linear_head, part_iou, segmented
-from ..sources import load_images
 from ..vit import autocast
 
 # %% ../../nbs/pipeline/glue/11_study.ipynb #cca54697
@@ -142,7 +142,7 @@ class Bench:
         folder = self.root/data['source']
         if 'draw' in self.study and not folder.exists():
             make_demo(folder, **self.study['draw'])
-        return [d.to(self.device) for d in load_images(**data, root=self.root)]
+        return [d.to(self.device) for d in load_data(dict(data=data), self.root)]
 
     def guide(self, cfg):
         "What the masking of a row looks at, (N,h,w)"

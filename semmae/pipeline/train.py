@@ -11,12 +11,12 @@ from pathlib import Path
 from ..core import best_device, file_hash, write_csv, write_json
 from ..images import read_maps
 from ..mae import MAE, save_mae
+from .data import load_data
 from .encoders import check_labels, fresh_encoder, load_teacher, open_teacher
 from .guide import guide_kind, make_guide, needs
 from .params import read_params
 from .processes import run_process
 from ..pretrain import pretrain
-from ..sources import load_images
 from ..train import join, world
 
 # %% ../../nbs/pipeline/glue/06_train.ipynb #7d01e006
@@ -55,7 +55,7 @@ def train_stage(root, profile=None, entry=MAIN):
     base, cfg = (read_params(f'{root}/params.yaml', profile, of) for of in (None, entry))
     out, metrics = Path(root)/'runs/train'/entry, f'{root}/runs/metrics/train/{entry}.json'
     out.mkdir(parents=True, exist_ok=True)
-    data, = (d.to(join(best_device())) for d in load_images(**cfg['data'], splits=['train'], root=root))
+    data, = (d.to(join(best_device())) for d in load_data(cfg, root, ['train']))
     if entry != MAIN and (reason := left_out(cfg, base, data)):
         return write_json(metrics, dict(skipped=reason))
     check_labels(cfg, data)

@@ -14,10 +14,10 @@ from ..core import atomic, best_device, file_hash, read_json, write_json
 from ..evaluate import accuracy
 from ..finetune import classified, finetune
 from ..images import ImageSet, few_labels
+from .data import load_data
 from .encoders import fresh_encoder
 from .params import read_params
 from ..segment import linear_head, part_iou, segment, segmented
-from ..sources import load_images
 from ..train import join, world
 from ..vit import load_like
 
@@ -50,7 +50,7 @@ def finetune_stage(root, profile=None, entry='semmae'):
     metrics = f'{root}/runs/metrics/finetune/{entry}.json'
     out.mkdir(parents=True, exist_ok=True)
     device, found = join(best_device()), trained(root, cfg, entry)
-    train, test = (d.to(device) for d in load_images(**cfg['data'], splits=['train', 'test'], root=root))
+    train, test = (d.to(device) for d in load_data(cfg, root, ['train', 'test']))
     if not train.targets or not found:
         return write_json(metrics, {})
     encoder, key = found
@@ -70,7 +70,7 @@ def segment_stage(root, profile=None, entry='semmae'):
     metrics = f'{root}/runs/metrics/segment/{entry}.json'
     out.mkdir(parents=True, exist_ok=True)
     device, found = join(best_device()), trained(root, cfg, entry)
-    train, val, test = (d.to(device) for d in load_images(**cfg['data'], root=root))
+    train, val, test = (d.to(device) for d in load_data(cfg, root))
     if train.parts is None or not found:
         return write_json(metrics, {})
     (encoder, key), size, n_parts = (found, test.parts.shape[1:],
