@@ -8,11 +8,12 @@ __all__ = ['parts_stage']
 # %% ../../nbs/pipeline/glue/05_parts.ipynb #7cf1e003
 from pathlib import Path
 
-from ..core import best_device, file_hash, write_json
+from ..core import file_hash, write_json
 from ..images import read_maps, write_maps
 from ..parts import SOURCES, judge_parts, make_parts, used
 from .encoders import load_teacher
 from .params import read_params
+from .stages import best_device
 from ..sources import SPLITS, load_images
 
 # %% ../../nbs/pipeline/glue/05_parts.ipynb #7cf1e005

@@ -9,7 +9,8 @@ __all__ = ['run_stage', 'forced', 'main']
 import os, re, sys, time
 from pathlib import Path
 
-from ..core import SemmaeError, best_device, check, device_name, die_with_parent, write_json
+from ..core import SemmaeError, check, die_with_parent, write_json
+from .stages import best_device, device_name
 
 # %% ../../nbs/pipeline/glue/10_run.ipynb #7d31e005
 def run_stage(name,       # a notebook of nbs/pipeline

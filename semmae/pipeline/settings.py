@@ -19,7 +19,7 @@ import timm, torch
 from annotated_types import Ge, Le
 from pydantic import ConfigDict, ValidationError, create_model
 
-from ..core import SemmaeError, Share, Size, check, defaults_of, options_of
+from ..core import SemmaeError, Share, Size, check, options_of
 from ..evaluate import score
 from ..finetune import finetune
 from ..mae import MAE
@@ -27,7 +27,7 @@ from ..masking import STRATEGIES, find_strategy
 from ..parts import SOURCES
 from .encoders import fresh_encoder, make_of
 from .guide import guide_kind, needs
-from .params import changed, pick, read_params, read_yaml
+from .params import changed, defaults_of, pick, read_params, read_yaml
 from ..pretrain import check_compile, make_optimizer, open_masking, pretrain
 from ..segment import segment
 from ..sources import load_images

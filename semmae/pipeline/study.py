@@ -16,14 +16,15 @@ from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, torch
 from scipy.stats import t as student
 
-from ..core import Count, Inner, SemmaeError, Whole, best_device, defaults_of, device_name, tidy
+from ..core import Count, Inner, SemmaeError, Whole, tidy
 from ..demo.draw import make_demo
 from ..evaluate import accuracy, features, knn, linear_probe, whiten
 from ..parts import SOURCES
 from .encoders import open_teacher
 from .guide import guide_kind, make_guide
-from .params import changed, check_profile, pick, read_params, read_yaml
+from .params import changed, check_profile, defaults_of, pick, read_params, read_yaml
 from .settings import Seed, check_types, model_of, profile_model
+from .stages import best_device, device_name
 from .train import fresh_mae
 from .tune import tune
 from ..pretrain import GRAPH, pretrain

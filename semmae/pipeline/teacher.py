@@ -8,10 +8,11 @@ __all__ = ['val_knn', 'train_teacher', 'teacher_stage']
 # %% ../../nbs/pipeline/glue/04_teacher.ipynb #7ce1e003
 from pathlib import Path
 
-from ..core import best_device, file_hash, write_csv, write_json
+from ..core import file_hash, write_json
 from ..evaluate import accuracy, compare, features, knn, whiten
 from .encoders import check_labels, make_of, open_teacher
 from .params import read_params
+from .stages import best_device, write_csv
 from ..sources import load_images
 from ..teacher import distil
 from ..train import join, world

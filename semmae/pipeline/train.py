@@ -8,12 +8,13 @@ __all__ = ['MAIN', 'guide_of', 'left_out', 'fresh_mae', 'train_stage']
 # %% ../../nbs/pipeline/glue/06_train.ipynb #7d01e003
 from pathlib import Path
 
-from ..core import best_device, file_hash, write_csv, write_json
+from ..core import file_hash, write_json
 from ..images import read_maps
 from ..mae import MAE, save_mae
 from .encoders import check_labels, fresh_encoder, load_teacher, open_teacher
 from .guide import guide_kind, make_guide, needs
 from .params import read_params
+from .stages import best_device, write_csv
 from ..pretrain import pretrain
 from ..sources import load_images
 from ..train import join, run_process, world
