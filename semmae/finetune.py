@@ -21,24 +21,21 @@ from torch.nn.parallel import DistributedDataParallel
 from .core import Amount, Count, Scale, Unit, check, generator
 from .images import crop, crop_parts, normalize, random_boxes, random_flips
 from .train import Checkpoint, Shuffled, enough_memory, lr_at, prepare, run_epochs, run_key, world
-from .vit import autocast, encoder_key, pixels_of, plain, remember
+from .vit import autocast, encoder_key, pixels_of, plain
 
 # %% ../nbs/14_finetune.ipynb #b25c97de
 def with_head(encoder, n_out,
               pool='avg',    # avg, token, or '' for an answer at every token
               drop_path=0.):
     "The encoder once more, with a fresh head"
-    of = {k: v for k, v in encoder.recipe.items()
-          if k not in ('name', 'image', 'channels', 'stats', 'global_pool', 'drop_path_rate')}
-    vit = plain(encoder.recipe['name'], img_size=encoder.recipe['image'], in_chans=encoder.recipe['channels'],
-                global_pool=pool, drop_path_rate=drop_path, **of)
+    vit = plain(**encoder.recipe | dict(global_pool=pool, drop_path_rate=drop_path))
     norm, own = ('norm.' if isinstance(v.fc_norm, nn.Identity) else 'fc_norm.' for v in (vit, encoder))
     vit.load_state_dict({norm + k.removeprefix(own) if k.startswith(own) else k: v
                          for k, v in encoder.state_dict().items()})
     vit.reset_classifier(n_out)
     for p in vit.head.parameters():
         nn.init.zeros_(p)
-    return remember(vit, encoder.recipe['name'], encoder.recipe.get('stats'), **of)
+    return vit
 
 # %% ../nbs/14_finetune.ipynb #cec03179
 class Labelled(Shuffled):

@@ -20,7 +20,7 @@ from .images import check_labels, crop, crop_parts, normalize, random_boxes, ran
 from .masking import MAX_PARTS, check_kind, find_strategy
 from .train import (Checkpoint, Recorded, Shuffled, enough_memory, lr_at, prepare, run_epochs, run_key,
                           world)
-from .vit import autocast
+from .vit import autocast, encoder_key
 
 # %% ../nbs/08_pretrain.ipynb #6f8e8422
 class Batches(Shuffled):
@@ -209,7 +209,7 @@ def open_learner(mae, kept, shapes, of):
     "A learner for the weights of `mae`: a new one, or one that an earlier run of the same shapes left"
     if kept is None:
         return Learner(mae, **of)
-    if (key := repr((mae.make(), shapes, of))) not in kept:
+    if (key := repr((mae, shapes, of))) not in kept:
         # whose compiled blocks stay here: other sizes would be compiled anew
         kept[key] = Learner(copy.deepcopy(mae), **of)
     kept[key].restart(mae)
@@ -250,7 +250,7 @@ def pretrain(mae,
           f"a batch of {batch} cannot be cut into {turns} turns of {ranks} processes: "
           "raise `pretrain.batch`, or lower `pretrain.accumulate`")
     check_compile(compile, turns, images.device)
-    key = run_key('pretrain', images, guide, model=mae.key(),
+    key = run_key('pretrain', images, guide, model=(repr(mae), encoder_key(mae)),
                   options=(masking, epochs, batch, lr, warmup_epochs, weight_decay, crop_scale, n_parts,
                            optimizer, clip, accumulate, ema, compile, seed))
     with enough_memory(batch, 'pretrain'):
