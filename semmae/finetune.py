@@ -21,25 +21,21 @@ from .core import Amount, Count, Scale, Unit, check, generator
 from .images import crop_parts, normalize
 from .train import (Checkpoint, Learner, Shuffled, enough_memory, prepare, random_crops, run_epochs,
                           run_key, world)
-from .vit import autocast, encoder_key, pixels_of, plain, remember
+from .vit import autocast, encoder_key, pixels_of, plain
 
 # %% ../nbs/14_finetune.ipynb #b25c97de
 def with_head(encoder, n_out,
               pool='avg',    # avg, token, or '' for an answer at every token
               drop_path=0.):
     "Make the encoder once more, with a fresh head"
-    apart = 'name', 'image', 'channels', 'stats', 'global_pool', 'drop_path_rate'
-    name, image, channels, stats = (encoder.recipe.get(k) for k in apart[:4])
-    options = {k: v for k, v in encoder.recipe.items() if k not in apart}
-    vit = plain(name, img_size=image, in_chans=channels, global_pool=pool, drop_path_rate=drop_path,
-                **options)
+    vit = plain(**encoder.recipe | dict(global_pool=pool, drop_path_rate=drop_path))
     norm, own = ('norm.' if isinstance(v.fc_norm, nn.Identity) else 'fc_norm.' for v in (vit, encoder))
     vit.load_state_dict({norm + k.removeprefix(own) if k.startswith(own) else k: v
                          for k, v in encoder.state_dict().items()})
     vit.reset_classifier(n_out)
     for p in vit.head.parameters():
         nn.init.zeros_(p)
-    return remember(vit, name, stats, **options)
+    return vit
 
 # %% ../nbs/14_finetune.ipynb #cec03179
 class Labelled(Shuffled):

@@ -13,15 +13,14 @@ from typing import Annotated
 
 import numpy as np, torch
 from annotated_types import Ge, Le, Len
-from safetensors.torch import save_file
 from sklearn.cluster import AgglomerativeClustering
 from sklearn.feature_extraction.image import grid_to_graph
 from torch.nn import functional as F
 
-from .core import Count, Inner, Layers, Parts, Unit, atomic, check, generator
+from .core import Count, Inner, Layers, Parts, Unit, check, generator
 from .images import some_images
 from .parts import PartSource, batched_outputs, k_means, part_source, refuse_collapse
-from .vit import border, check_parts, encoder_key, read_weights
+from .vit import border, check_parts, encoder_key, read_weights, write_weights
 
 # %% ../nbs/11_learn.ipynb #c73a7832
 def tokens(outputs):
@@ -139,9 +138,7 @@ class Learned(PartSource):
 
     def save(self, path):
         "Keep all but the encoder as a safetensors file"
-        about = dict(blocks=json.dumps(self.blocks), encoder=encoder_key(self.encoder))
-        with atomic(path) as tmp:
-            save_file({k: v.cpu().contiguous() for k, v in self.state.items()}, tmp, metadata=about)
+        write_weights(path, self.state, blocks=json.dumps(self.blocks), encoder=encoder_key(self.encoder))
 
 # %% ../nbs/11_learn.ipynb #572298d0
 def load_learned(path, encoder):

@@ -6,36 +6,36 @@
 __all__ = ['CrossBlock', 'Decoder', 'MAE', 'reconstruct', 'save_mae', 'load_mae']
 
 # %% ../nbs/05_mae.ipynb #6ef9c360
-import hashlib, math
+import math
 from functools import partial
 from typing import Literal
 
 import torch
-from safetensors.torch import save_file
 from timm.layers import Mlp
 from timm.models.vision_transformer import Block
 from torch import nn
 from torch.nn import functional as F
 
-from .core import Layers, SemmaeError, Share, Width, atomic, blank, check, patchify, unpatchify
-from .vit import encode, gather, init_mae, load_encoder, read_weights, save_encoder, sincos
+from .core import Layers, Share, Width, blank, check, explained, patchify, unpatchify
+from .vit import (encode, gather, init_mae, load_encoder, read_weights, save_encoder, sincos,
+                        write_weights)
 
 # %% ../nbs/05_mae.ipynb #899641e1
 class CrossBlock(nn.Module):
-    "A block whose tokens look at others than themselves"
+    "Let tokens look at others than themselves"
     def __init__(self, width, heads, norm):
         super().__init__()
         self.norm1, self.norm2 = norm(width), norm(width)
         self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
         self.mlp = Mlp(width, 4*width)
 
-    def forward(self, x, seen):
-        x = x + self.attn(self.norm1(x), seen, seen, need_weights=False)[0]
+    def forward(self, x, others):
+        x = x + self.attn(self.norm1(x), others, others, need_weights=False)[0]
         return x + self.mlp(self.norm2(x))
 
 # %% ../nbs/05_mae.ipynb #00883ba6
 class Decoder(nn.Module):
-    "From the tokens of kept patches to the pixels of hidden ones"
+    "Paint the pixels of hidden patches from the tokens of kept ones"
     def __init__(self, kind, encoder, grid, width, depth, heads):
         super().__init__()
         norm, (patch, _) = partial(nn.LayerNorm, eps=1e-6), encoder.patch_embed.patch_size
@@ -47,43 +47,35 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList([block(width, heads) for _ in range(depth)])
         self.norm = norm(width)
         self.head = nn.Linear(width, patch*patch*encoder.patch_embed.proj.in_channels)
-        for m in (self.embed, self.blocks, self.head):
-            init_mae(m)
+        init_mae(self)
         self.register_buffer('pos', sincos(grid, width), persistent=False)
 
     def forward(self, tokens, ids_keep, ids_mask):
         x = self.embed(tokens)
         n, pos = x.shape[1] - ids_keep.shape[1], self.pos.to(x.dtype)
-        seen = torch.cat([x[:, :n], x[:, n:] + pos[ids_keep]], 1)            # (B,prefix+K,W)
-        hidden = self.mask_token.to(x.dtype) + pos[ids_mask]                 # (B,M,W)
+        kept = torch.cat([x[:, :n], x[:, n:] + pos[ids_keep]], 1)  # (B,prefix+K,W)
+        hidden = self.mask_token.to(x.dtype) + pos[ids_mask]       # (B,M,W)
         if self.kind == 'self':
-            x = torch.cat([seen, hidden], 1)                                 # (B,prefix+L,W)
+            x = torch.cat([kept, hidden], 1)                       # (B,prefix+L,W)
             for block in self.blocks:
                 x = block(x)
             hidden = x[:, -ids_mask.shape[1]:]
         else:
             for block in self.blocks:
-                hidden = block(hidden, seen)
-        return self.head(self.norm(hidden))                                  # (B,M,patch²·C)
+                hidden = block(hidden, kept)
+        return self.head(self.norm(hidden))                        # (B,M,patch²·C)
 
 # %% ../nbs/05_mae.ipynb #3cbdfa2a
 class MAE(nn.Module):
-    "Encoder, decoder and loss of a masked autoencoder"
-    def __init__(self,
-                 encoder,                               # a timm VisionTransformer
-                 kind: Literal['self', 'cross'] = 'self', # of the decoder
-                 width: Width = 128,
-                 depth: Layers = 2,
-                 heads: Layers = 4,
-                 share: Share = 1.,                     # of the hidden patches to predict
-                 norm_pixels: bool = True,              # compare pixels after normalising every patch
+    "Join an encoder, a decoder and their loss"
+    def __init__(self, encoder, kind: Literal['self', 'cross'] = 'self',  # of the decoder
+                 width: Width = 128, depth: Layers = 2, heads: Layers = 4,
+                 share: Share = 1.,         # of the hidden patches to predict
+                 norm_pixels: bool = True,  # compare pixels after normalising every patch
                  seed=0):
         super().__init__()
-        check(width % heads == 0,
-              f"a decoder {width} wide cannot have {heads} heads: "
-              "choose `decoder.width` as a multiple of `decoder.heads`")
-        check(share == 1 or kind == 'cross',
-              "`decoder.share` is for `decoder.kind: cross`: "
+        check(width % heads == 0, f"{heads} heads cannot share {width} channels: change `decoder.heads`")
+        check(share == 1 or kind == 'cross', "`decoder.share` is for `decoder.kind: cross`: "
               "hidden tokens that attend to one another need one another")
         encoder.pos_embed.requires_grad_(False)  # fixed, as in MAE
         self.encoder, self.share, self.norm_pixels = encoder, share, norm_pixels
@@ -93,16 +85,17 @@ class MAE(nn.Module):
             self.decoder = Decoder(kind, encoder, self.grid, width, depth, heads)
 
     def forward(self, imgs, ids_keep, ids_mask):
-        ids_some = ids_mask[:, :max(1, round(self.share*ids_mask.shape[1]))] # their order is random
-        pred = self.predict(imgs, ids_keep, ids_mask, ids_some)
-        return (pred.float() - gather(self.target(imgs), ids_some)).square().mean(), pred
+        pred = self.predict(imgs, ids_keep, ids_mask, self.share)
+        true = gather(self.target(imgs), ids_mask[:, :pred.shape[1]])
+        return (pred.float() - true).square().mean(), pred
 
-    def predict(self, imgs, ids_keep, ids_mask, ids_some):
+    def predict(self, imgs, ids_keep, ids_mask, share=1.):
+        "Paint a share of the hidden patches, whose order is random"
         (B, n), (h, w) = torch.cat([ids_keep, ids_mask], 1).shape, self.grid
-        check((B, n) == (len(imgs), h*w),
-              f"there are masks for {B} images of {n} patches, and {len(imgs)} images of {h*w}: "
-              f"make them on the encoder's grid, {h}×{w}")
-        return self.decoder(encode(self.encoder, imgs, ids_keep), ids_keep, ids_some)
+        check((B, n) == (len(imgs), h*w), f"there are masks for {B} images of {n} patches, and {len(imgs)} "
+              f"images of {h*w}: make them on the encoder's grid, {h}×{w}")
+        some = ids_mask[:, :max(1, round(share*ids_mask.shape[1]))]
+        return self.decoder(encode(self.encoder, imgs, ids_keep), ids_keep, some)
 
     def target(self, imgs):
         x = patchify(imgs, self.patch)
@@ -111,25 +104,16 @@ class MAE(nn.Module):
         shrink = 1 - 1/x.shape[2]  # MAE divides by the unbiased variance, layer_norm by the biased one
         return F.layer_norm(x, x.shape[2:], eps=1e-6*shrink)*math.sqrt(shrink)
 
-    def make(self):
-        "What models of the same make have in common: all but their weights"
+    def extra_repr(self):
+        "Say what its modules do not show, so that models of equal `str` differ in their weights alone"
         heads = [m.num_heads for m in self.modules() if hasattr(m, 'num_heads')]
-        return repr((str(self), self.share, self.norm_pixels, self.decoder.kind,
-                     self.encoder.patch_embed.img_size, heads))
-
-    def key(self):
-        "What makes this model this model, its weights as they are included"
-        h = hashlib.blake2b(self.make().encode(), digest_size=16)
-        for v in self.state_dict().values():
-            h.update(v.detach().cpu().contiguous().numpy())
-        return h.hexdigest()
+        return repr((self.share, self.norm_pixels, self.decoder.kind, self.grid, heads))
 
 # %% ../nbs/05_mae.ipynb #50294d3f
 @torch.no_grad()
 def reconstruct(mae, imgs, ids_keep, ids_mask):
-    "(masked, painted) images, both (B,C,H,W) and normalised like `imgs`"
-    pred = mae.predict(imgs, ids_keep, ids_mask, ids_mask)
-    patches, pred = patchify(imgs, mae.patch), pred.float()
+    "Return (masked, painted) images, both (B,C,H,W) and normalised like `imgs`"
+    patches, pred = patchify(imgs, mae.patch), mae.predict(imgs, ids_keep, ids_mask).float()
     if mae.norm_pixels:
         true = gather(patches, ids_mask)
         pred = pred*(true.var(2, keepdim=True) + 1e-6).sqrt() + true.mean(2, keepdim=True)
@@ -138,18 +122,13 @@ def reconstruct(mae, imgs, ids_keep, ids_mask):
 
 # %% ../nbs/05_mae.ipynb #6b502c11
 def save_mae(mae, folder):
-    "`encoder.safetensors` and `decoder.safetensors` in a folder"
+    "Write `encoder.safetensors` and `decoder.safetensors` into a folder"
     save_encoder(mae.encoder, f'{folder}/encoder.safetensors')
-    state = {k: v.detach().cpu().contiguous() for k, v in mae.decoder.state_dict().items()}
-    with atomic(f'{folder}/decoder.safetensors') as tmp:
-        save_file(state, tmp)
+    write_weights(f'{folder}/decoder.safetensors', mae.decoder.state_dict())
 
-def load_mae(folder, **decoder): # keywords of MAE
-    "The MAE that `save_mae` put into a folder"
-    mae = MAE(load_encoder(f'{folder}/encoder.safetensors'), **decoder)
-    try:
-        mae.decoder.load_state_dict(read_weights(f'{folder}/decoder.safetensors')[0])
-    except RuntimeError as e:
-        raise SemmaeError(f"{folder}/decoder.safetensors is another decoder than {decoder}: "
-                          "use the parameters it was trained with") from e
+def load_mae(folder, **decoder):  # keywords of MAE
+    "Read the MAE that `save_mae` wrote into a folder"
+    mae, file = MAE(load_encoder(f'{folder}/encoder.safetensors'), **decoder), f'{folder}/decoder.safetensors'
+    with explained(f"{file} is another decoder than {decoder}", 'use the parameters it was trained with'):
+        mae.decoder.load_state_dict(read_weights(file)[0])
     return mae

@@ -18,7 +18,7 @@ from .images import check_labels, crop, crop_parts, normalize
 from .masking import MAX_PARTS, check_kind, find_strategy
 from .train import (Checkpoint, Learner, Recorded, Shuffled, enough_memory, prepare, random_crops,
                           run_epochs, run_key, world)
-from .vit import autocast
+from .vit import autocast, encoder_key
 
 # %% ../nbs/08_pretrain.ipynb #6f8e8422
 class Batches(Shuffled):
@@ -155,7 +155,7 @@ def pretrain(mae, images, guide=None, # as in `Batches`
     options = dict(optimizer=optimizer, lr=lr, weight_decay=weight_decay, clip=clip, accumulate=accumulate,
                    ema=ema, compile=compile)
     rest = masking, epochs, batch, warmup_epochs, crop_scale, n_parts, seed
-    key = run_key('pretrain', images, guide, model=mae.key(), options=(options, rest))
+    key = run_key('pretrain', images, guide, model=(repr(mae), encoder_key(mae)), options=(options, rest))
     with enough_memory(data):
         prepare(mae, images.device).train()
     learner = make_learner(mae, **options)

@@ -150,12 +150,12 @@ def test_forgotten_export(done):
 
 
 @pytest.mark.parametrize('module, old, new, again', [
-    ('02_show', '#3b6ea5', '#b5562f', {'report'}),
+    ('02_show', 'fontsize=9, pad=4', 'fontsize=8, pad=4', {'report'}),
     ('06_attend', 'Attend within a head', 'Attend inside a head', set(STAGES)),
     ('04_masking', 'Hide patches uniformly at random', 'Hide patches at random', {*TRAIN, 'report'}),
-    ('pipeline/glue/03_settings', 'is not a whole number', 'is no whole number', set())])
+    ('pipeline/glue/05_settings', 'is not a whole number', 'is no whole number', set())])
 def test_an_edit_reruns_what_uses_it(done, module, old, new, again):
-    "A plot only the report, a kernel all that runs an encoder, a masking all that hides, a check nothing"
+    "A picture only the report, a kernel all that runs an encoder, a masking all that hides, a check nothing"
     project, _ = done
     nb = project/f'nbs/{module}.ipynb'
     assert old in nb.read_text()

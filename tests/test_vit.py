@@ -78,21 +78,20 @@ def test_our_own_opens_at_another_size(tmp_path):
 
 
 @pytest.mark.parametrize('kw, says', [
-    (dict(), 'no encoder is named'),
-    (dict(name='vit_tinny', weights='e.safetensors'), "timm has no model 'vit_tinny'"),
+    (dict(), '`teacher` does not say which model it is: set `teacher.name`'),
+    (dict(name='vit_tinny'), "'vit_tinny': .*`teacher.name`"),
     (dict(name='vit_small_patch16_224', weights='e.safetensors'),
-     'e.safetensors does not fit vit_small_patch16_224, it holds a vit_tiny_patch16_224: set `teacher.name`'),
+     'e.safetensors holds a vit_tiny_patch16_224, no vit_small_patch16_224: correct `teacher.name`'),
     (dict(name='vit_small_patch16_224', weights='none.pth'), 'there is no .*none.pth'),
     (dict(weights='e.safetensors', image=(50, 50)), 'images of 50×50 cannot be cut into patches of 8'),
     (dict(weights='e.safetensors', image=(4, 4)), 'images of 4×4 cannot be cut'),
     (dict(weights='plain.safetensors'),
-     'plain.safetensors does not say which model it holds: set `teacher.name`'),
+     'plain.safetensors does not say which model it is: set `teacher.name`'),
     (dict(weights='plain.safetensors', name='vit_tiny_patch16_224'),
-     'plain.safetensors holds a model of patches of 8 and vit_tiny_patch16_224 has patches of 16: '
-     'set `teacher.name`'),
+     'plain.safetensors does not fit vit_tiny_patch16_224 .its patches are of 8, .*set `teacher.name`'),
     (dict(name='vit_tiny_patch16_224', weights='other.safetensors'),
      'other.safetensors does not fit vit_tiny_patch16_224 .*set `teacher.name`'),
-    (dict(name='resnet18'), 'resnet18 is no plain VisionTransformer: set `teacher.name`')])
+    (dict(name='resnet18'), "no plain VisionTransformer 'resnet18': .*`teacher.name`")])
 def test_a_mistake_is_one_sentence(tmp_path, kw, says):
     save_encoder(fresh(), tmp_path/'e.safetensors')
     save_file(fresh().state_dict(), tmp_path/'plain.safetensors')
@@ -113,7 +112,7 @@ def test_attention_of_another_kind_is_refused(name):
 
 
 def test_another_number_of_channels_is_one_sentence():
-    with pytest.raises(SemmaeError, match='images of 1 channels and these have 3: set `data.channels`'):
+    with pytest.raises(SemmaeError, match='`data.channels`'):
         block_output(fresh(channels=1), IMAGES)
 
 
@@ -127,8 +126,7 @@ def test_no_network_is_one_sentence(monkeypatch):
     def offline(*a, **kw):
         raise OSError('Name or service not known')
     monkeypatch.setattr('timm.create_model', offline)
-    with pytest.raises(SemmaeError, match='timm cannot download weights for vit_tiny_patch16_224 '
-                                          '.Name or service not known.: go online'):
+    with pytest.raises(SemmaeError, match='vit_tiny_patch16_224 .Name or service not known.: go online'):
         open_encoder('vit_tiny_patch16_224')
 
 

@@ -18,10 +18,11 @@ from PIL import Image
 from torch.nn import functional as F
 
 from .speed import make_ours, open_facebook, open_hugging, write_folder
-from ..core import best_device, check, device_name, generator, read_json, write_json
+from ..core import check, generator, read_json, write_json
 from ..images import FIT, normalize
 from ..learn import learn_parts
 from ..masking import n_hidden, random
+from ..pipeline.stages import best_device, device_name
 from ..pretrain import Batches, MaskLearner, pretrain
 from ..sources import Source, load_images, read_all
 from ..teacher import distil

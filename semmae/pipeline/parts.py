@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from ..core import best_device, check, file_hash, generator, write_json
+from ..core import check, file_hash, generator, write_json
 from ..images import read_maps, resized_parts, write_maps
 from ..parts import SOURCES, batched_outputs, score_parts
 from .data import load_data
 from .encoders import load_teacher
 from .guide import make_parts, used
 from .params import read_params
+from .stages import best_device
 from ..sources import SPLITS
 
 # %% ../../nbs/pipeline/glue/05_parts.ipynb #0367ec77

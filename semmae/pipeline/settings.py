@@ -20,7 +20,7 @@ from annotated_types import Ge, Le
 from pydantic import ConfigDict, ValidationError, create_model
 from timm.optim import create_optimizer_v2
 
-from ..core import SemmaeError, Share, Size, check, defaults_of, generator, options_of
+from ..core import SemmaeError, Share, Size, check, generator, options_of
 from ..evaluate import score
 from ..finetune import finetune
 from ..mae import MAE
@@ -28,7 +28,7 @@ from ..masking import STRATEGIES, find_strategy
 from ..parts import SOURCES
 from .encoders import fresh_encoder, make_of
 from .guide import guide_kind, needs
-from .params import changed, pick, read_params, read_yaml
+from .params import changed, defaults_of, pick, read_params, read_yaml
 from ..pretrain import GRAPH, pretrain
 from ..segment import segment
 from ..sources import load_images

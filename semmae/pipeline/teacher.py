@@ -10,12 +10,13 @@ from pathlib import Path
 
 import torch
 
-from ..core import best_device, file_hash, write_csv, write_json
+from ..core import file_hash, write_json
 from ..evaluate import accuracy, compare, features, knn, whiten
 from ..images import normalize
 from .data import load_data
 from .encoders import check_labels, make_of, open_teacher
 from .params import read_params
+from .stages import best_device, write_csv
 from ..teacher import distil
 from ..train import join, world
 from ..vit import resize, save_encoder

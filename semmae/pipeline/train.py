@@ -8,7 +8,7 @@ __all__ = ['MAIN', 'guide_of', 'left_out', 'fresh_mae', 'train_stage']
 # %% ../../nbs/pipeline/glue/06_train.ipynb #7d01e003
 from pathlib import Path
 
-from ..core import best_device, file_hash, write_csv, write_json
+from ..core import file_hash, write_json
 from ..images import read_maps
 from ..mae import MAE, save_mae
 from .data import load_data
@@ -16,6 +16,7 @@ from .encoders import check_labels, fresh_encoder, load_teacher, open_teacher
 from .guide import guide_kind, make_guide, needs
 from .params import read_params
 from .processes import run_process
+from .stages import best_device, write_csv
 from ..pretrain import pretrain
 from ..train import join, world
 

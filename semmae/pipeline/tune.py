@@ -10,16 +10,16 @@ from pathlib import Path
 
 import numpy as np, torch
 
-from ..core import atomic, best_device, file_hash, read_json, write_json
+from ..core import atomic, file_hash, read_json, write_json
 from ..evaluate import accuracy
 from ..finetune import classified, finetune
 from ..images import ImageSet, few_labels
 from .data import load_data
-from .encoders import fresh_encoder
+from .encoders import fresh_encoder, load_like
 from .params import read_params
+from .stages import best_device
 from ..segment import linear_head, part_iou, segment, segmented
 from ..train import join, world
-from ..vit import load_like
 
 # %% ../../nbs/pipeline/glue/07_tune.ipynb #7d11e005
 def trained(root, cfg, entry):
