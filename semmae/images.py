@@ -46,7 +46,7 @@ def some_images(images, seed):
     return images[torch.randperm(len(images), generator=generator(seed, 'fit'))[:FIT].sort().values]
 
 # %% ../nbs/01_images.ipynb #f48c8cff
-def few_labels(classes, share: Share, seed=0, names=None): # (N,), and the classes' names
+def few_labels(classes, share: Share, seed=0, names=None): # (N,), and what they are called
     "Draw which images keep their labels, the same share of every class"
     order = torch.randperm(len(classes), generator=generator(seed, 'few labels', share)).to(classes.device)
     kept = []
@@ -91,7 +91,7 @@ def resize_weights(start, length, # (B,) of the box along one axis, in fractions
         w = (torch.minimum(cell + 1, centre + step/2) - torch.maximum(cell, centre - step/2)).clamp(min=0)
     return w/w.sum(-1, keepdim=True)
 
-def crop(x, boxes, flips, size, kernel='linear'): # images (B,C,H,W), boxes (B,4), flips (B,)
+def crop(x, boxes, flips, size, kernel='linear'): # (B,C,H,W), (B,4), (B,) bool, (height, width)
     "Cut every image to its own box, (B,C,*size) in float"
     top, left, h, w = boxes.unbind(1)
     rows = resize_weights(top, h, x.shape[2], size[0], kernel)
@@ -169,17 +169,18 @@ def write_maps(folder, maps, splits, **about): # split -> maps (n,h,w), or batch
     for split, images in splits.items():
         check(split in maps, f"there are no maps for {split}: give maps for {', '.join(splits)}")
         batches = [maps[split]] if isinstance(maps[split], (torch.Tensor, np.ndarray)) else maps[split]
-        wanted = f"the maps of {split} do not fit its {len(images)} images: give one (rows, columns) an image"
         with atomic(folder/f'{split}.npy') as tmp:
             done, file = 0, None
             for batch in batches:
                 batch = as_labels(batch, split)
                 if file is None:
                     file = np.lib.format.open_memmap(tmp, 'w+', np.uint8, (len(images), *batch.shape[1:]))
-                check(batch.shape == file[done:done+len(batch)].shape, wanted)
+                check(batch.shape == file[done:done+len(batch)].shape,
+                      f"the maps of {split} do not fit its {len(images)} images: give one to each, all alike")
                 file[done:done+len(batch)] = batch
                 done += len(batch)
-            check(done == len(images), wanted)
+            check(done == len(images),
+                  f"there are {done} maps for {len(images)} images of {split}: give one an image")
             file.flush()
         known[split] = dict(images=data_key(images), maps=file_hash(folder/f'{split}.npy'))
     write_json(folder/'maps.json', dict(about, splits=known))
