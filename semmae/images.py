@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np, torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from .core import SemmaeError, Share, atomic, check, constant, draw
-from .core import file_hash, generator, read_json, write_json
+from .core import (Share, atomic, check, constant, draw, explained, file_hash, generator, read_json,
+                         write_json)
 
 # %% ../nbs/01_images.ipynb #644499c7
 @dataclass
@@ -191,11 +191,9 @@ def read_maps(folder, split, images):
     file, about = Path(folder)/f'{split}.npy', Path(folder)/'maps.json'
     check(file.is_file() and about.is_file(),
           f"{folder} holds no part maps for {split}: run the stage `parts`, or `write_maps`")
-    try:
+    with explained(f"{about} does not name {split} as `write_maps` does", 'make the maps again'):
         known = read_json(about)['splits'][split]
         whole, same = known['maps'] == file_hash(file), known['images'] == data_key(images)
-    except (ValueError, KeyError, TypeError) as e:
-        raise SemmaeError(f"{about} does not name {split} as `write_maps` does: make the maps again") from e
     check(whole, f"{file} is not the file that maps.json tells of: make the maps again")
     check(same, f"the maps in {folder} were made for other images than these of {split}, or for the same "
                 "decoded where these stream: make the maps again, or set `data.stream` as it was")

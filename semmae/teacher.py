@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['random_colours', 'view', 'place', 'random_blocks', 'everywhere', 'Standard', 'Head', 'balance', 'cross', 'Sums',
-           'Distiller', 'shared_bits', 'check_bits', 'Views', 'distil']
+           'scores_of', 'Distiller', 'shared_bits', 'check_bits', 'Views', 'distil']
 
 # %% ../nbs/09_teacher.ipynb #d5778e1d
 import copy, math
@@ -120,6 +120,13 @@ class Sums(NamedTuple):
     agree: torch.Tensor    # how far answers to the two views of an image agree
 
 # %% ../nbs/09_teacher.ipynb #afc5ec41
+def scores_of(network, imgs, hide, token=None):
+    "Return scores of class tokens (B,K) and of the patches in `hide` (M,K)"
+    encoder, head = network['encoder'], network['head']
+    tokens = encode(encoder, imgs, hide=None if token is None else hide, token=token)
+    return head(tokens[:, 0]).float(), head(tokens[:, encoder.num_prefix_tokens:][hide]).float()
+
+# %% ../nbs/09_teacher.ipynb #9c616771
 class Distiller(nn.Module):
     "A student, its teacher and what they say to each other"
     def __init__(self, encoder, n_words=512, balanced=True, seed=0):
@@ -133,28 +140,20 @@ class Distiller(nn.Module):
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
         self.register_buffer('centres', torch.zeros(2, n_words))           # of class tokens, of patch tokens
 
-    def scores_of(self, network, imgs, hide, token=None):
-        "Return scores of class tokens (B,K) and of the patches in `hide` (M,K)"
-        encoder, head = network['encoder'], network['head']
-        tokens = encode(encoder, imgs, hide=None if token is None else hide, token=token)
-        return head(tokens[:, 0]).float(), head(tokens[:, encoder.num_prefix_tokens:][hide]).float()
-
     def forward(self, large, hide, small, ids, sharp, soft=.1):
         "Return the loss, and what the teacher answered"
         with torch.no_grad():
-            scores = self.scores_of(self.teacher, large, hide)
+            scores = scores_of(self.teacher, large, hide)
             whole, patches = (balance(x, sharp) if self.balanced else ((x - c)/sharp).softmax(1)
                               for x, c in zip(scores, self.centres))
-        student = self.scores_of(self.student, large, hide, self.token)
+        student = scores_of(self.student, large, hide, self.token)
         mine, painted = ((x/soft).log_softmax(1) for x in student)
         (a, b), (p, q) = whole.chunk(2), mine.chunk(2)
         pairs = [cross(a, q), cross(b, p)]
         if len(small):
-            tokens = encode(self.student['encoder'], small, ids)[:, 0]
-            words = (self.student['head'](tokens).float()/soft).log_softmax(1)
-            pairs += [cross(t, w) for w in words.split(len(a)) for t in (a, b)]
-        # an image counts once, however much of it is hidden
-        rare = 1/hide.sum(1, keepdim=True).expand_as(hide)[hide]
+            words = self.student['head'](encode(self.student['encoder'], small, ids)[:, 0]).float()
+            pairs += [cross(t, w) for w in (words/soft).log_softmax(1).split(len(a)) for t in (a, b)]
+        rare = 1/hide.sum(1, keepdim=True).expand_as(hide)[hide]  # an image counts once, however much is hidden
         masked = (cross(patches, painted)*rare).sum()/len(hide)
         sums = Sums(torch.stack([s.sum(0) for s in scores]), whole.new_tensor([len(whole), len(patches)]),
                     torch.stack([a.sum(0), b.sum(0)]), (a*b).sum())
@@ -205,8 +204,7 @@ class Views(Shuffled):
 # %% ../nbs/09_teacher.ipynb #224b4a8e
 def distil(encoder, images,     # fresh; (N,C,H,W) uint8 or a Stream, on the device that trains
            epochs: Count = 100, batch: Count = 128,
-           lr: Amount = 2e-3,     # per 256 images
-           warmup_epochs: Amount = 3, weight_decay: Amount = .04,
+           lr: Amount = 2e-3, warmup_epochs: Amount = 3, weight_decay: Amount = .04, # rate per 256 images
            momentum: Unit = .9,   # of the teacher; rises to 1
            sharp: Annotated[float, Gt(0), Lt(.1)] = .015, # temperature of its answers; the student's is 0.1
            n_words: Annotated[int, Ge(1), Le(10**6)] = 512, balanced: bool = True, # else centred
@@ -214,8 +212,7 @@ def distil(encoder, images,     # fresh; (N,C,H,W) uint8 or a Stream, on the dev
            judge_every: Count = 5, # epochs
            large: Scale = (.4, 1.), small: Scale = (.2, .5), # areas of the two large crops, of the small ones
            n_small: Annotated[int, Ge(0), Le(100)] = 2, seed=0,
-           judge=None,            # encoder -> dict, for the rows of some epochs
-           checkpoint=None, log=print): # a file to go on from
+           judge=None, checkpoint=None, log=print): # encoder -> dict, for some rows; a file to go on from
     "Train an encoder in place; return rows of epoch, step, loss, bits (see `shared_bits`), what `judge` says"
     data, sums = Views(images, encoder, epochs, batch, large, small, n_small, seed), []
     key = run_key('teacher', images, model=repr((encoder, encoder.recipe)),

@@ -17,7 +17,7 @@ import timm, torch
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from .core import SemmaeError, atomic, check, file_hash, generator
+from .core import SemmaeError, atomic, check, explained, file_hash, generator
 from .images import crop, data_key, random_boxes, random_flips
 
 # %% ../nbs/07_train.ipynb #8ab1e001
@@ -118,6 +118,10 @@ class Learner:
         self.opt.step()
         self.opt.zero_grad()
 
+    def memory(self):
+        "Find the tensors in which the optimiser remembers earlier steps"
+        return [v for s in self.opt.state.values() for v in s.values() if torch.is_tensor(v)]
+
 # %% ../nbs/07_train.ipynb #51952746
 CODE = Path(find_spec('semmae').origin).parent
 
@@ -170,22 +174,16 @@ class Checkpoint:
         "Read the file, if there is one"
         for half in self.path.parent.glob(f'.*-{self.path.name}'):  # that a killed run was writing
             half.unlink()
-        try:
-            if self.path.exists():
+        if self.path.exists():
+            with explained(f'{self.path} cannot be read', 'remove it to start afresh'):
                 return torch.load(self.path, map_location='cpu', weights_only=True)
-        except Exception as e:  # damage has many names
-            raise SemmaeError(f'{self.path} cannot be read ({type(e).__name__}): '
-                              'remove it to start afresh') from e
 
     def save(self, history):
         "Write the file"
         states = {k: v.state_dict() for k, v in self.parts.items()}
-        try:
-            with atomic(self.path) as tmp:
-                torch.save(dict(states, key=self.key, history=history), tmp)
-        except (OSError, RuntimeError) as e:
-            raise SemmaeError(f'{self.path} cannot be written ({e}): make room on the disk and run again, '
-                              f'it goes on after epoch {len(history) - 1}') from e
+        advice = f'make room on the disk and run again, it goes on after epoch {len(history) - 1}'
+        with explained(f'{self.path} cannot be written', advice), atomic(self.path) as tmp:
+            torch.save(dict(states, key=self.key, history=history), tmp)
 
 # %% ../nbs/07_train.ipynb #a9b4c571
 def check_finite(losses, model, data, epoch, state):

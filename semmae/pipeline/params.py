@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from ..core import SemmaeError, check, options_of
+from ..core import check, explained, options_of
 
 # %% ../../nbs/pipeline/glue/00_params.ipynb #7ca1e006
 class Loader(getattr(yaml, 'CSafeLoader', yaml.SafeLoader)):
@@ -25,10 +25,8 @@ def read_yaml(path):
     "Read a params.yaml"
     path = Path(path).resolve()
     check(path.is_file(), f"{path} is missing: run from the project's folder")
-    try:
+    with explained(f"{path} is not valid YAML", 'mend it'):
         params = json.loads(json.dumps(yaml.load(path.read_text(), Loader), default=str))
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as e:
-        raise SemmaeError(f"{path} is not valid YAML ({' '.join(str(e).split())}): mend it") from e
     check(isinstance(params, dict) and isinstance(params.get('profiles'), dict),
           f"{path} has no `profiles`: restore it with git")
     return params

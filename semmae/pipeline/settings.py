@@ -20,7 +20,7 @@ from annotated_types import Ge, Le
 from pydantic import ConfigDict, ValidationError, create_model
 from timm.optim import create_optimizer_v2
 
-from ..core import SemmaeError, Share, Size, check, generator, options_of
+from ..core import SemmaeError, Share, Size, check, explained, generator, options_of
 from ..evaluate import score
 from ..finetune import finetune
 from ..mae import MAE
@@ -157,11 +157,9 @@ def check_optimizer(cfg, root):
     used = defaults_of(pretrain) | cfg['pretrain']
     optimizer, graph = used['optimizer'], dict(capturable=True) if used['compile'] == GRAPH else {}
     options = dict(opt=optimizer) if isinstance(optimizer, str) else optimizer
-    try:
+    with explained(f"timm cannot make the optimiser that `pretrain.optimizer` names, {optimizer!r}",
+                   'correct its name and options'):
         create_optimizer_v2(torch.nn.Linear(1, 1), lr=.1, weight_decay=.1, **options, **graph)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as e:
-        raise SemmaeError("timm cannot make the optimiser that `pretrain.optimizer` names, "
-                          f"{optimizer!r} ({e}): correct its name and options") from e
 
 def check_teacher(cfg, root):
     "Make a teacher that is trained without weights; know the name of one that is opened"
