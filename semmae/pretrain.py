@@ -85,7 +85,8 @@ def compile_model(mae, how):
         for block in (*mae.encoder.blocks, *mae.decoder.blocks):
             block.compile(dynamic=False)
     else:
-        mae.compile(**{'mode' if how in torch._inductor.list_mode_options() else 'backend': how}, dynamic=False)
+        kind = 'mode' if how in torch._inductor.list_mode_options() else 'backend'
+        mae.compile(**{kind: how}, dynamic=False)
 
 # %% ../nbs/08_pretrain.ipynb #56695fe8
 class MaskLearner(Learner):

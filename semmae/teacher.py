@@ -153,7 +153,7 @@ class Distiller(nn.Module):
         if len(small):
             words = self.student['head'](encode(self.student['encoder'], small, ids)[:, 0]).float()
             pairs += [cross(t, w) for w in (words/soft).log_softmax(1).split(len(a)) for t in (a, b)]
-        rare = 1/hide.sum(1, keepdim=True).expand_as(hide)[hide]  # an image counts once, however much is hidden
+        rare = 1/hide.sum(1, keepdim=True).expand_as(hide)[hide]  # an image counts once
         masked = (cross(patches, painted)*rare).sum()/len(hide)
         sums = Sums(torch.stack([s.sum(0) for s in scores]), whole.new_tensor([len(whole), len(patches)]),
                     torch.stack([a.sum(0), b.sum(0)]), (a*b).sum())

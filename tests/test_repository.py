@@ -94,7 +94,7 @@ def test_a_chapter_uses_only_chapters_before_it():
             used = set(imported(code)) - {module} - allowed
             assert all(chapters.get(name, 99) < number for name in used), (module, used)
     sheets = (ROOT/'semmae/demo/sheets.py').read_text()
-    assert set(imported(sheets, ['demo'])) == {'core', 'images', 'sources'}
+    assert set(imported(sheets, 'semmae.demo')) == {'core', 'images', 'sources'}
 
 
 def test_lines_are_short_and_hold_one_statement():
