@@ -47,7 +47,7 @@ def attend_kernel(qkv, out, lse, n, scale,
 @triton.jit
 def gradient_kernel(qkv, out, lse, dout, dqkv, n, scale,
                     H: tl.constexpr, D: tl.constexpr, K: tl.constexpr, Q: tl.constexpr):
-    "The gradient of the same, keys in rows so that they stay where the products leave them"
+    "Take the gradient of the same, keys in rows so that they stay where the products leave them"
     of, head = tl.program_id(0), tl.program_id(0) % H
     image = (of//H).to(tl.int64)
     qkv += image*n*3*H*D + head*D
@@ -77,11 +77,11 @@ TILES = {16: ((16, 1), (16, 1)), 32: ((32, 1), (16, 1)), 64: ((64, 4), (64, 4)),
          128: ((16, 1), (16, 2)), 256: ((64, 4), (64, 8))}
 
 def keys_of(n):
-    "Keys that a program holds: a power of two"
+    "Return how many keys a program holds: a power of two"
     return max(16, 1 << (n - 1).bit_length())
 
 def fits(n, D, room):
-    "Whether a head's keys, values and what the gradient holds beside them go into so many bytes"
+    "Say whether a head's keys, values and what the gradient holds beside them go into so many bytes"
     if n > 256:
         return False
     K, Q = keys_of(n), TILES[keys_of(n)][1][0]
@@ -89,7 +89,7 @@ def fits(n, D, room):
 
 @custom_op('semmae::attend', mutates_args=())
 def attend(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:  # (B,n,3·heads·D)
-    "What every token gathers from the others, (B,n,heads·D), and what the gradient needs"
+    "Return what every token gathers from the others, (B,n,heads·D), and what the gradient needs"
     B, n, width = qkv.shape
     D, qkv = width//3//heads, qkv.contiguous()
     out, lse = qkv.new_empty(B, n, heads*D), qkv.new_empty(B, heads, n, dtype=torch.float)
@@ -122,7 +122,7 @@ attend.register_autograd(lambda ctx, dout, _: (attend_gradient(*ctx.saved_tensor
 
 # %% ../nbs/06_attend.ipynb #3f699207
 class Together(Attention):
-    "timm's attention, few tokens in one piece"
+    "Run timm's attention in one piece where tokens are few"
     def __init__(self, attention, room): # bytes that a program may have of a multiprocessor's memory
         nn.Module.__init__(self)
         vars(self).update(vars(attention))  # the same weights, under the same names
@@ -139,7 +139,7 @@ class Together(Attention):
         return self.proj_drop(self.proj(attend(qkv, self.num_heads)[0]))
 
 def is_plain(module):
-    "Whether a module is an attention that can run in one piece"
+    "Say whether a module is an attention that can run in one piece"
     nothing = lambda m: m is None or isinstance(m, nn.Identity)
     return (type(module) is Attention and module.head_dim in (16, 32, 64)
             and all(nothing(getattr(module, k, None)) for k in ('q_norm', 'k_norm', 'norm', 'gate')))

@@ -39,7 +39,7 @@ def with_head(encoder, n_out,
 
 # %% ../nbs/14_finetune.ipynb #cec03179
 class Labelled(Shuffled):
-    "What every step of learning with labels sees: (imgs, targets)"
+    "Give every step of learning with labels its (imgs, targets)"
     def __init__(self, images, targets, # (N,C,H,W) uint8 or a Stream; (N,) classes or (N,h,w) parts
                  n_out, model,          # targets lie below it; from `with_head`
                  epochs, batch, crop_scale, seed, stage):

@@ -22,7 +22,7 @@ from .vit import autocast, encoder_key
 
 # %% ../nbs/08_pretrain.ipynb #6f8e8422
 class Batches(Shuffled):
-    "What every step of a run sees: (imgs, ids_keep, ids_mask)"
+    "Give every step of a run its (imgs, ids_keep, ids_mask)"
     def __init__(self, images,        # (N,C,H,W) uint8 or a Stream, on the device that trains
                  grid,                # rows and columns of patches
                  # (N,h,w) part labels or scores on a grid of their own, for maskings that look at them
@@ -90,7 +90,7 @@ def compile_model(mae, how):
 
 # %% ../nbs/08_pretrain.ipynb #56695fe8
 class MaskLearner(Learner):
-    "A masked autoencoder that learns, compiled or recorded where that is asked for"
+    "Train a masked autoencoder, compiled or recorded where that is asked for"
     def __init__(self, mae, optimizer, lr, weight_decay, clip, accumulate, ema, compile):
         options = dict(opt=optimizer) if isinstance(optimizer, str) else optimizer
         self.accumulate, self.record = accumulate, None

@@ -80,7 +80,7 @@ def everywhere(x):
     return all_reduce(x) if world()[1] > 1 else x
 
 class Standard(nn.Module):
-    "Every channel to mean 0 and deviation 1 in the batch of all processes"
+    "Bring every channel to mean 0 and deviation 1 in the batch of all processes"
     def forward(self, x): # (N,D)
         x = x.float()
         sums = everywhere(torch.cat([x.sum(0), x.square().sum(0), x.new_full((1,), len(x))]))
@@ -88,7 +88,7 @@ class Standard(nn.Module):
         return (x - mean)*(square - mean.square() + 1e-5).clamp(min=1e-5).rsqrt()
 
 class Head(nn.Module):
-    "Tokens to scores of prototypes: cosines"
+    "Turn tokens into scores of prototypes: cosines"
     def __init__(self, dim, n_words, hidden=512, bottleneck=128):
         super().__init__()
         layer = lambda d: [nn.Linear(d, hidden), Standard(), nn.GELU()]
@@ -113,7 +113,7 @@ def cross(p, log_q):
 
 # %% ../nbs/09_teacher.ipynb #2b7a5d28
 class Sums(NamedTuple):
-    "What the teacher answered in a step, sums over the batch"
+    "Hold what the teacher answered in a step, sums over the batch"
     scores: torch.Tensor   # (2,K) of class tokens, of hidden patches
     tokens: torch.Tensor   # (2,) how many of each
     answers: torch.Tensor  # (2,K) to first and to second views
@@ -128,7 +128,7 @@ def scores_of(network, imgs, hide, token=None):
 
 # %% ../nbs/09_teacher.ipynb #9c616771
 class Distiller(nn.Module):
-    "A student, its teacher and what they say to each other"
+    "Join a student, its teacher and what they say to each other"
     def __init__(self, encoder, n_words=512, balanced=True, seed=0):
         super().__init__()
         check(encoder.has_class_token, "`teacher.encoder` has no class token: choose another")
@@ -183,7 +183,7 @@ def check_bits(bits, epoch, warmup_epochs):
 
 # %% ../nbs/09_teacher.ipynb #8484451c
 class Views(Shuffled):
-    "What every step sees: large crops, which patches are hidden, small crops on frames, ids of their patches"
+    "Give every step large crops, which patches are hidden, small crops on frames, and ids of their patches"
     def __init__(self, images, encoder, epochs, batch, large=(.4, 1.), small=(.2, .5), n_small=2, seed=0):
         super().__init__(images, epochs, batch, seed, 'teacher')
         patches = encoder.patch_embed

@@ -51,7 +51,7 @@ def random_crops(images, size, scale, box_gen, flip_gen):
     return crop(images, boxes, flips, size), boxes, flips
 
 class Shuffled:
-    "Which images every step sees, and what else is random in it: functions of (seed, step)"
+    "Draw which images every step sees, and what else is random in it: functions of (seed, step)"
     def __init__(self, images, epochs, batch, seed, stage): # the block of params.yaml that errors point to
         check(batch <= len(images),
               f"`{stage}.batch` is {batch}, more than the {len(images)} training images: lower it")
@@ -94,7 +94,7 @@ def join(device):
 
 # %% ../nbs/07_train.ipynb #d0b98163
 class Learner:
-    "A model and its optimiser, in one process or in several"
+    "Change a model's weights by its gradients, in one process or in several"
     def __init__(self, model, opt, clip=None, clipped=None): # norm of the gradients; of which module's
         self.model, self.opt, self.clip, self.clipped = model, opt, clip, clipped or model
         self.parallel = DistributedDataParallel(model) if world()[1] > 1 else model
@@ -155,7 +155,7 @@ def run_key(module, images, guide=None, code=CODE, **params):
 
 # %% ../nbs/07_train.ipynb #ab7efd4b
 class Checkpoint:
-    "The state of a run in one file"
+    "Keep the state of a run in one file"
     def __init__(self, path, key, **parts): # objects with state_dict() and load_state_dict()
         self.path, self.key, self.parts = Path(path), key, {k: v for k, v in parts.items() if v is not None}
 
@@ -216,7 +216,7 @@ def clock(seconds):
 
 # %% ../nbs/07_train.ipynb #d4f54b34
 class Recorded:
-    "A step on a GPU that is recorded in a CUDA graph when it first sees tensors of some shapes"
+    "Record a step on a GPU in a CUDA graph when it first sees tensors of some shapes"
     def __init__(self, step, state): # tensors -> a tensor; what returns all tensors that a step changes
         self.step, self.state, self.records = step, state, {}
 

@@ -30,12 +30,12 @@ from ..train import prepare
 
 # %% ../../nbs/bench/gpu.ipynb #0c4b8f31
 def block_flops(n, width, seen=None): # tokens; how many they look at, None: themselves
-    "Flops of a transformer block, forward"
+    "Count the flops of a transformer block, forward"
     seen = seen or n
     return 4*width**2*(n + seen) + 4*n*seen*width + 16*n*width**2  # queries to outputs, attention, MLP
 
 def step_flops(mae, ratio=.75):
-    "Useful flops of a training step, an image"
+    "Count the useful flops of a training step, an image"
     encoder, decoder, L = mae.encoder, mae.decoder, math.prod(mae.grid)
     hidden, width, w, pixels = (n_hidden(L, ratio), encoder.embed_dim, decoder.embed.out_features,
                                 decoder.head.out_features)
@@ -47,7 +47,7 @@ def step_flops(mae, ratio=.75):
 
 # %% ../../nbs/bench/gpu.ipynb #4f7eab49
 def shape(width, depth, heads, patch=16, image=224, decoder=(512, 8, 16)):
-    "A model as the benchmark describes it"
+    "Write a model as the benchmark describes it"
     return dict(image=image, patch=patch, width=width, depth=depth, heads=heads,
                 **dict(zip(('decoder_width', 'decoder_depth', 'decoder_heads'), decoder)))
 
@@ -57,7 +57,7 @@ MODELS = {'ViT-B/16': BASE, 'ViT-S/16': shape(384, 12, 6), 'ViT-L/16': shape(102
 
 # %% ../../nbs/bench/gpu.ipynb #2aa50c82
 def wait(device):
-    "Until the device has done what it was told"
+    "Wait until the device has done what it was told"
     if device.type == 'cuda':
         torch.cuda.synchronize()
 
@@ -71,7 +71,7 @@ def timed(run, n, device):
     return seconds/n, (time.process_time() - used)/seconds
 
 def matrix_rate(device, side=8192, n=20, rounds=5):
-    "Flops a second of matrix products in bfloat16, the median of several rounds"
+    "Measure the flops a second of matrix products in bfloat16, the median of several rounds"
     a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     def run(n):
         for _ in range(n):
@@ -82,7 +82,7 @@ def matrix_rate(device, side=8192, n=20, rounds=5):
 
 # %% ../../nbs/bench/gpu.ipynb #71c9a3d4
 def waits(run, device):
-    "How often a step makes the host wait; None where there is no GPU"
+    "Count how often a step makes the host wait; None where there is no GPU"
     if device.type != 'cuda':
         return None
     with warnings.catch_warnings(record=True) as said:
@@ -95,7 +95,7 @@ def waits(run, device):
     return sum('called a synchronizing CUDA operation' in str(w.message) for w in said)
 
 def take_turns(contenders, device, rounds, n): # name -> a function that opens it
-    "A row a contender: seconds of its first step and, round by round, of a step and the cores it took"
+    "Measure contenders in turns, a row each: seconds of the first step, of later ones, and cores"
     rows, runs = {name: dict(contender=name) for name in contenders}, {}
     for name, make in contenders.items():
         try:
@@ -113,7 +113,7 @@ def take_turns(contenders, device, rounds, n): # name -> a function that opens i
 
 # %% ../../nbs/bench/gpu.ipynb #86f3bba7
 class Fixed:
-    "What every step sees: the same images, other masks"
+    "Give every step the same images and other masks"
     def __init__(self, imgs, grid):
         self.imgs, self.batch, self.map = imgs, len(imgs), torch.zeros(len(imgs), *grid, device=imgs.device)
 
@@ -124,7 +124,7 @@ class Fixed:
         return self.at(step)
 
 def in_steps(learn): # from the number of a step
-    "A function that takes so many steps, going on where it was"
+    "Make a function that takes so many steps, going on where it was"
     steps = itertools.count()
     def run(n):
         for step in itertools.islice(steps, n):
@@ -132,7 +132,7 @@ def in_steps(learn): # from the number of a step
     return run
 
 def trainer(model, device, mode=None, **kw): # of torch.compile; None: not compiled
-    "A function from what steps see to a function that trains so many of them"
+    "Make a function from what steps see to a function that trains so many of them"
     mae = prepare(make_ours(model, **kw), device).train()
     adamw = dict(opt='adamw', betas=(.9, .95), fused=True)
     learner = MaskLearner(mae, adamw, lr=1e-4, weight_decay=.05, clip=None, accumulate=1, ema=None,
@@ -165,7 +165,7 @@ def measure_model(device, model, batch, modes, rounds, n, attentions=('sdpa',), 
 
 # %% ../../nbs/bench/gpu.ipynb #6358875c
 def measure_profile(device, model, batch, mode, n, top=15):
-    "The kernels of a step that take longest: rows of their names, shares of the time, and calls a step"
+    "Find the kernels of a step that take longest: rows of names, shares of the time, and calls a step"
     imgs, grid = (torch.randn(batch, 3, model['image'], model['image'], device=device),
                   (model['image']//model['patch'],)*2)
     train = trainer(model, device, mode)(Fixed(imgs, grid))
@@ -181,7 +181,7 @@ def measure_profile(device, model, batch, mode, n, top=15):
 
 # %% ../../nbs/bench/gpu.ipynb #fab81fd6
 def pictures(n, size, seed=0):
-    "Images (n,3,size,size) as bytes, and maps of six parts (n,16,16)"
+    "Draw images (n,3,size,size) as bytes, and maps of six parts (n,16,16)"
     gen, images = generator(seed, 'pictures'), torch.empty(n, 3, size, size, dtype=torch.uint8)
     for some in images.split(256):
         coarse, noise = (torch.rand(len(some), 3, 4, 4, generator=gen),
@@ -191,7 +191,7 @@ def pictures(n, size, seed=0):
                     .repeat_interleave(4, 1).repeat_interleave(4, 2))
 
 def write_pictures(images, folder):
-    "The same as JPEG files"
+    "Write the same as JPEG files"
     n = len(images)
     write_folder(Source([str(i) for i in range(n)], ['train']*n,
                         lambda i: Image.fromarray(images[i].permute(1, 2, 0).numpy()), [], ['any']*n), folder)
@@ -221,7 +221,7 @@ def by_epoch(run):
     return dict(first=laps[1] - laps[0], epoch=(laps[-1] - laps[1])/(len(laps) - 2))
 
 def measure_small(device, model, n_images, batch, runs): # modes of torch.compile, and for how many epochs
-    "Small images"
+    "Measure small images"
     images, maps = (x.to(device) for x in pictures(n_images, model['image']))
     def run(mode, epochs, log):
         torch.compiler.reset()  # or the first mode's program would be taken again
@@ -232,7 +232,7 @@ def measure_small(device, model, n_images, batch, runs): # modes of torch.compil
 
 # %% ../../nbs/bench/gpu.ipynb #9e17924c
 def measure_parts(device, model, n_images, steps=300):
-    "Learning parts, and predicting them"
+    "Measure how parts are learned and predicted"
     images = pictures(n_images, model['image'])[0].to(device)
     encoder, parts = make_ours(model).encoder.requires_grad_(False), []
     learning = timed(lambda _: parts.append(learn_parts(images, encoder, steps=steps)), 1, device)[0]
@@ -241,7 +241,7 @@ def measure_parts(device, model, n_images, steps=300):
             dict(contender='predicting parts', images=n_images, seconds=predicting)]
 
 def measure_teacher(device, model, n_images, batch):
-    "Teaching an encoder"
+    "Measure how an encoder is taught"
     images = pictures(n_images, model['image'])[0].to(device)
     times = by_epoch(lambda log: distil(make_ours(model).encoder, images, epochs=3, batch=batch, log=log))
     return [dict(contender='teacher', images=n_images//batch*batch, batch=batch, **times)]
@@ -251,7 +251,7 @@ def on_paper(speed,       # images/s of one GPU
              weights,     # that learn
              gpus, loader=math.inf,  # images/s that a GPU's share of the cores decodes
              images=1_281_167, epochs=800, batch=4096, inside=450e9, between=50e9):
-    "Hours, and GPU-hours, of a long run"
+    "Compute the hours, and GPU-hours, of a long run"
     link = inside if gpus <= 8 else between
     seconds = batch/gpus/min(speed, loader) + 2*(gpus - 1)/gpus*4*weights/link
     hours = epochs*(images//batch)*seconds/3600

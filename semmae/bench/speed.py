@@ -30,7 +30,7 @@ from ..vit import make_encoder
 
 # %% ../../nbs/bench/speed.ipynb #bced1b88
 def write_folder(source, folder, quality=92):
-    "The images of a source as JPEG files in folder/split/class/"
+    "Write the images of a source as JPEG files in folder/split/class/"
     for i in range(len(source.names)):
         path = Path(folder, source.splits[i], source.labels[i], f'{i}.jpg')
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,7 +38,7 @@ def write_folder(source, folder, quality=92):
 
 # %% ../../nbs/bench/speed.ipynb #f5c1e143
 def make_ours(model, **kw): # keywords of MAE
-    "Our model of the shape that all share"
+    "Make our model of the shape that all share"
     encoder = make_encoder(image=(model['image'],)*2, patch_size=model['patch'], embed_dim=model['width'],
                            depth=model['depth'], num_heads=model['heads'])
     return MAE(encoder, width=model['decoder_width'], depth=model['decoder_depth'],
@@ -55,7 +55,7 @@ def ours(lap, folder, model, batch, epochs, device, float32=False):
 
 # %% ../../nbs/bench/speed.ipynb #f996f212
 def stand_ins():
-    "What facebookresearch/mae imports and today's libraries no longer have"
+    "Provide what facebookresearch/mae imports and today's libraries no longer have"
     import timm.models.vision_transformer as vit
     class Block(vit.Block):
         def __init__(self, *args, qk_scale=None, **kw):
@@ -66,7 +66,7 @@ def stand_ins():
         torch.cuda.synchronize = lambda: None
 
 def loader(folder, size, batch, workers, device, **kw):
-    "The transforms and the loader that MAE's scripts use"
+    "Make the transforms and the loader that MAE's scripts use"
     stats = [.485, .456, .406], [.229, .224, .225]
     steps = [transforms.RandomResizedCrop(size, scale=(.2, 1.),
                                           interpolation=transforms.InterpolationMode.BICUBIC),
@@ -77,7 +77,7 @@ def loader(folder, size, batch, workers, device, **kw):
 
 @lru_cache
 def import_facebook(path):
-    "The model, the loop and the loss scaler of a checkout"
+    "Import the model, the loop and the loss scaler of a checkout"
     check(Path(path, 'models_mae.py').is_file(),
           f"{path} is no checkout of facebookresearch/mae: clone it and give its path")
     stand_ins()
@@ -89,7 +89,7 @@ def import_facebook(path):
 
 # %% ../../nbs/bench/speed.ipynb #5fb0c1d2
 def open_facebook(model, path, epochs, device):
-    "Its model, and its training: a function of (batches, epoch)"
+    "Return its model, and its training: a function of (batches, epoch)"
     Model, train_one_epoch, Scaler = import_facebook(path)
     mae = Model(
         img_size=model['image'], patch_size=model['patch'], embed_dim=model['width'], depth=model['depth'],
@@ -117,7 +117,7 @@ def facebook(lap, folder, model, batch, epochs, device, path, workers):
 
 # %% ../../nbs/bench/speed.ipynb #fe790b6f
 def open_hugging(model, bfloat16, attention, device):
-    "Its model, and what its users do with a batch of images"
+    "Return its model, and what its users do with a batch of images"
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
     mae = ViTMAEForPreTraining(ViTMAEConfig(
         image_size=model['image'], patch_size=model['patch'], hidden_size=model['width'],
@@ -171,7 +171,7 @@ def main():
                               weights=sum(p.numel() for p in mae.parameters() if p.requires_grad))))
 
 def peak_memory(run):
-    "GiB that a running command and all it starts have at most"
+    "Measure the GiB that a running command and all it starts have at most"
     import psutil
     first, peak = psutil.Process(run.pid), 0
     while run.poll() is None:

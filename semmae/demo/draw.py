@@ -46,7 +46,7 @@ DESIGNS = {
 CLASSES = [f'{kind}-{design}' for kind, designs in DESIGNS.items() for design in designs]
 
 def art():
-    "The folder that robohash keeps its pictures in"
+    "Find the folder that robohash keeps its pictures in"
     try:
         return Path(importlib.resources.files('robohash'))
     except ModuleNotFoundError:
@@ -54,7 +54,7 @@ def art():
 
 @functools.cache
 def layers(kind, colour=''):
-    "The layers of a kind from the bottom up: (layer, its files)"
+    "List the layers of a kind from the bottom up: (layer, its files)"
     name, parts = LAYERS[kind]
     folders = {p.name.split('#')[1]: p for p in (art()/'sets'/name/colour).iterdir()}
     return [(layer, sorted(folders[layer].glob('*.png'))) for layer in sorted(parts)]
@@ -63,7 +63,7 @@ def layers(kind, colour=''):
 COLOURS = 'blue brown green grey orange pink purple red white yellow'.split()  # of set 1
 
 def choose(cls, rng):
-    "A character of class `cls`: one file for every layer, from the bottom up"
+    "Choose a character of class `cls`: one file for every layer, from the bottom up"
     kind, design = cls.split('-')
     def pick(layer, files):
         wanted = DESIGNS[kind][design].get(layer, '')
@@ -76,7 +76,7 @@ def picture(path, side=192):
     return Image.open(path).convert('RGBA').resize((side, side), Image.LANCZOS)
 
 def stack(cls, character):
-    "A character as an RGBA picture and its part labels"
+    "Draw a character as an RGBA picture, with its part labels"
     parts = LAYERS[cls.split('-')[0]][1]
     rgba = Image.new('RGBA', (192, 192))
     labels = np.zeros((192, 192), np.uint8)
@@ -88,7 +88,7 @@ def stack(cls, character):
 
 # %% ../../nbs/demo/draw.ipynb #2175f903
 def recolour(x, rng):
-    "Colours (…,3) in 0–1 turned by a random hue and scaled by a random gain"
+    "Turn colours (…,3) in 0–1 by a random hue and scale them by a random gain"
     a = rng.uniform(-math.pi, math.pi)
     c, s = math.cos(a), math.sin(a)/math.sqrt(3)
     k = (1 - c)/3
@@ -96,7 +96,7 @@ def recolour(x, rng):
     return (x @ turn.T*rng.uniform(.7, 1.15)*rng.uniform(.85, 1.15, 3)).clip(0, 1)
 
 def noise(n, rng):
-    "Clouds: noise whose spectrum falls off with frequency"
+    "Draw clouds: noise whose spectrum falls off with frequency"
     f = np.hypot(np.fft.fftfreq(n)[:, None], np.fft.rfftfreq(n)[None])
     f[0, 0] = 1
     x = np.stack([np.fft.irfft2(np.fft.rfft2(rng.standard_normal((n, n)))*f**-rng.uniform(1.5, 2.5))
@@ -104,7 +104,7 @@ def noise(n, rng):
     return x/x.std((0, 1)) @ (rng.standard_normal((3, 3))*.12) + rng.uniform(.2, .8, 3)
 
 def shapes(n, rng):
-    "Flat ellipses and rectangles over each other"
+    "Draw flat ellipses and rectangles over each other"
     y, x = np.mgrid[:n, :n]
     out = np.ones((n, n, 3))*rng.uniform(0, 1, 3)
     for _ in range(rng.integers(6, 24)):
@@ -115,7 +115,7 @@ def shapes(n, rng):
     return out
 
 def landscape(n, rng):
-    "A piece of one of the drawn backgrounds"
+    "Cut a piece of one of the drawn backgrounds"
     files = sorted((art()/'backgrounds').glob('*/*.png'))
     img = picture(files[rng.integers(len(files))], 256).convert('RGB')
     side = rng.integers(64, 200)
@@ -126,7 +126,7 @@ def landscape(n, rng):
 def pose(labels, n, rng,
          scale=(.65, 1.), # longest side of the character, as a share of the frame
          tilt=20):        # degrees either way
-    "A random pose: the affine map from scene to drawing, in Pillow's order"
+    "Draw a random pose: the affine map from scene to drawing, in Pillow's order"
     ys, xs = np.nonzero(labels)
     lo, hi = np.array([xs.min(), ys.min()]), np.array([xs.max(), ys.max()]) + 1
     s, a, stretch = (rng.uniform(*scale)*n/(hi - lo).max(), math.radians(rng.uniform(-tilt, tilt)),
@@ -141,7 +141,7 @@ def pose(labels, n, rng,
     return back[0, 0], back[0, 1], shift[0], back[1, 0], back[1, 1], shift[1]
 
 def scene(cls, character, rng, size=64):
-    "A character in a scene: (size,size,3) pixels and (size,size) parts, both uint8"
+    "Draw a character in a scene: (size,size,3) pixels and (size,size) parts, both uint8"
     n = 2*size
     rgba, labels = stack(cls, character)
     back = [noise, shapes, landscape][rng.integers(3)](n, rng).clip(0, 1)
@@ -181,7 +181,7 @@ NOTICE = (
     "(semmae's profile `teacher`); Apache-2.0.\n")
 
 def unseen(cls, rng, seen):
-    "A character that is not in `seen`, and its name"
+    "Choose a character that is not in `seen`; return it and its name"
     while True:
         character = choose(cls, rng)
         name = ' '.join(path.stem.split('#')[-1] for _, path in character)
@@ -190,7 +190,7 @@ def unseen(cls, rng, seen):
             return character, name
 
 def sheet(tiles, columns=50):
-    "Tiles (N,h,w,…) side by side in one array"
+    "Lay tiles (N,h,w,…) side by side in one array"
     n, h, w, *rest = tiles.shape
     rows = -(-n//columns)
     tiles = np.concatenate([tiles, np.zeros((rows*columns - n, h, w, *rest), tiles.dtype)])

@@ -14,11 +14,11 @@ from ..train import modules_of
 
 # %% ../../nbs/pipeline/glue/12_code.ipynb #6f4ac258
 def modules(folder):
-    "The modules of a package by path"
+    "Read the modules of a package, by path"
     return {str(p.relative_to(folder)): p.read_text() for p in Path(folder).rglob('*.py')}
 
 def stale_modules(root='.'):
-    "Modules of semmae/ that differ from a fresh export of their notebooks"
+    "Find the modules of semmae/ that differ from a fresh export of their notebooks"
     root = Path(root).resolve()
     with tempfile.TemporaryDirectory() as tmp:
         for d in ('nbs', 'semmae'):

@@ -16,7 +16,7 @@ from ..core import check, explained, options_of
 
 # %% ../../nbs/pipeline/glue/00_params.ipynb #7ca1e006
 class Loader(getattr(yaml, 'CSafeLoader', yaml.SafeLoader)):
-    "YAML that reads 1e-3 as a number, as DVC does"
+    "Read 1e-3 in YAML as a number, as DVC does"
 
 NUMBER = re.compile(r'[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$')
 Loader.add_implicit_resolver('tag:yaml.org,2002:float', NUMBER, list('-+.0123456789'))
@@ -33,7 +33,7 @@ def read_yaml(path):
 
 # %% ../../nbs/pipeline/glue/00_params.ipynb #7ca1e008
 def changed(cfg, changes, of): # a profile; what is changed in which of its blocks; who says so
-    "A profile with some of its blocks changed"
+    "Return a profile with some of its blocks changed"
     check(isinstance(changes, dict),
           f"{of} is {changes!r}: write what it changes as {{block: {{key: value}}}}")
     for block, value in changes.items():
@@ -54,7 +54,7 @@ def check_profile(cfg, of, root):
     import_module('semmae.pipeline.settings').check_profile(cfg, of, root)
 
 def pick(params, kind, name, path):
-    "One of the `profiles`, `ablations` or `studies` of a params.yaml"
+    "Find one of the `profiles`, `ablations` or `studies` of a params.yaml"
     known = params.get(kind)
     known = known if isinstance(known, dict) else {}
     there = isinstance(name, str) and isinstance(known.get(name), dict)
@@ -64,7 +64,7 @@ def pick(params, kind, name, path):
 def read_params(path,         # params.yaml
                 profile=None, # a block under `profiles`; None: the one that `profile` names
                 entry=None):  # a block under `ablations`, which says what is changed; None: nothing
-    "One profile of a params.yaml, and what an entry makes of it"
+    "Read one profile of a params.yaml, and what an entry makes of it"
     path = Path(path).resolve()
     params = read_yaml(path)
     name = profile or params.get('profile')

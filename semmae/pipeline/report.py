@@ -48,7 +48,7 @@ def heading(words):
 
 def table(rows,       # lists of cells; HTML is kept
           header=()):
-    "Rows as an HTML table"
+    "Write rows as an HTML table"
     row = lambda cells, tag: '<tr>' + ''.join(f'<{tag}>{c}</{tag}>' for c in cells) + '</tr>'
     head = f'<thead>{row(header, "th")}</thead>' if header else ''
     return (f'<div class="wide"><table>{head}<tbody>' + ''.join(row(r, 'td') for r in rows)
@@ -56,7 +56,7 @@ def table(rows,       # lists of cells; HTML is kept
 
 def picture(png, # bytes
             caption):
-    "A picture as HTML"
+    "Write a picture as HTML"
     data = base64.b64encode(png).decode()
     return (f'<figure><img src="data:image/png;base64,{data}" alt="{html.escape(caption)}">'
             f'<figcaption>{html.escape(caption)}</figcaption></figure>')
@@ -69,7 +69,7 @@ def save_figure(path, fig):
 def figure(fig,      # a matplotlib figure, closed when done
            caption,
            path=None): # also keep it as PNG here
-    "A figure as HTML, the picture inside"
+    "Write a figure as HTML, the picture inside"
     buf = io.BytesIO()
     fig.savefig(buf, format='png', bbox_inches='tight')
     if path:
@@ -78,7 +78,7 @@ def figure(fig,      # a matplotlib figure, closed when done
     return picture(buf.getvalue(), caption)
 
 def page(title, blocks):
-    "A whole HTML page"
+    "Write a whole HTML page"
     return ('<!doctype html><html lang="en"><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
             f'<title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>'
@@ -91,7 +91,7 @@ def interval(p, n, z=1.96): # a share, of how many
     return tuple((m/(1 + z*z/n)) for m in (mid - half, mid + half))
 
 def percent(p, n):
-    "A share and its 95 % interval, in per cent"
+    "Write a share and its 95 % interval in per cent"
     lo, hi = interval(p, n)
     return f'{100*p:.1f} <small>({100*lo:.1f}–{100*hi:.1f})</small>'
 
@@ -99,7 +99,7 @@ def percent(p, n):
 def show_dots(rows,  # label -> a share
               n,     # of how many
               axis, width=7):
-    "Shares as dots with their 95 % intervals, one under the other"
+    "Show shares as dots with their 95 % intervals, one under the other"
     fig, ax = plt.subplots(figsize=(width, .6 + .28*len(rows)), dpi=120)
     for y, p in enumerate(rows.values()):
         ax.plot([100*x for x in interval(p, n)], [y, y], color='#3b6ea5', lw=1.5)
@@ -140,7 +140,7 @@ def plot_history(history, figsize=(6, 2.2)):
 
 # %% ../../nbs/pipeline/glue/11_report.ipynb #7d41e007
 def few_maps(root, cfg, n=300):
-    "Some test images, and by name their true parts, their maps in runs/parts, and those of heads and k-means"
+    "Return a few test images, and by name their true parts, their maps in runs/parts, and those of baselines"
     train, test = load_data(cfg, root, ['train', 'test'])
     source, options = cfg['parts']['source'], {k: v for k, v in cfg['parts'].items() if k != 'source'}
     few = lambda d: d.images[torch.arange(min(n, len(d)))]

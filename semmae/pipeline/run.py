@@ -55,7 +55,7 @@ def run_stage(name,       # a notebook of nbs/pipeline
 
 # %% ../../nbs/pipeline/glue/13_run.ipynb #7d31e007
 def forced():
-    "Whether DVC was told `-f` or `--force`"
+    "Say whether DVC was told `-f` or `--force`"
     import psutil  # comes with the kernel that papermill needs
     words = psutil.Process(os.getppid()).cmdline()
     return any('dvc' in w for w in words) and any(re.fullmatch('-[a-z]*f[a-z]*|--force', w) for w in words)

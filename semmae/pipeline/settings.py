@@ -48,7 +48,7 @@ def model_of(*functions, **more): # name -> (type, default)
 
 # %% ../../nbs/pipeline/glue/05_settings.ipynb #7cd1e008
 def said(block, key):
-    "A key of a block of whatever kind"
+    "Write a key of a block of whatever kind"
     return block.get(key) if isinstance(block, dict) and isinstance(block.get(key), str) else None
 
 def teacher_model(block):
@@ -106,7 +106,7 @@ def model_in(kind):
     return next((model for k in get_args(kind) if (model := model_in(k))), None)
 
 def fields_at(model, path):
-    "The keys that a model knows at a place"
+    "Return the keys that a model knows at a place"
     for key in path:
         if model and isinstance(key, str):
             model = model_in(model.model_fields[key].annotation)

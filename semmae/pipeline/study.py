@@ -45,7 +45,7 @@ def check_study(study, of):
     check_types(study, of, model)
 
 def read_study(root, name):
-    "A study of params.yaml: the profile that its rows start from, and its lines of rows"
+    "Read a study of params.yaml: the profile that its rows start from, and its lines of rows"
     path = Path(root)/'params.yaml'
     params = read_yaml(path)
     study = pick(params, 'studies', name, path)
@@ -55,7 +55,7 @@ def read_study(root, name):
     return study | dict(base=base, params=params, path=path)
 
 def configure(study, row):
-    "The profile that a row trains with"
+    "Return the profile that a row trains with"
     entry = row['entry']
     cfg = changed(study['base'], pick(study['params'], 'ablations', entry, study['path']),
                   f'ablations.{entry}')
@@ -67,7 +67,7 @@ def configure(study, row):
     return changed(cfg, dict(seed=row['seed'], pretrain=train), f'studies: {entry}')
 
 def rows_of(study):
-    "All rows of a study in order of priority"
+    "List all rows of a study in order of priority"
     rows = {}
     for line in study['rows']:
         axes = line['seeds'], line.get('epochs', [None]), line.get('ratio', [None]), line['entries']
@@ -79,12 +79,12 @@ def rows_of(study):
     return list(rows.values())
 
 def key_of(row):
-    "What tells a row from the others of its study"
+    "Return what tells a row from the others of its study"
     return tuple(tuple(v) if isinstance(v, list) else v for v in (row.get(k, False) for k in KEY))
 
 # %% ../../nbs/pipeline/glue/14_study.ipynb #e9b51045
 def read_rows(*files):
-    "The measured rows in some files, by what tells them apart"
+    "Read the measured rows in some files, by what tells them apart"
     lines = [line for f in files if Path(f).exists() for line in Path(f).read_text().splitlines()]
     return {key_of(r): r for r in map(json.loads, lines)}
 
@@ -97,7 +97,7 @@ def add_row(file, row):
 
 # %% ../../nbs/pipeline/glue/14_study.ipynb #c62cec02
 def score_of(*path): # class, linear_mean …
-    "A function from a row to one of its scores on test in per cent; None where it has none"
+    "Make a function from a row to one of its scores on test in per cent; None where it has none"
     def score(row):
         found = row['scores']
         for k in path:
@@ -109,7 +109,7 @@ def score_of(*path): # class, linear_mean …
 # %% ../../nbs/pipeline/glue/14_study.ipynb #cd333efb
 def judge(encoder, splits, # ImageSets: train, val, test
           seed=0):
-    "Scores of a frozen encoder"
+    "Score a frozen encoder"
     found, (train, val, test) = [features(encoder, d) for d in splits], [d.targets for d in splits]
     white, out = whiten(found[0]['mean']), {}
     for name in train:
@@ -131,7 +131,7 @@ def dense_iou(encoder, splits, seed):
 
 # %% ../../nbs/pipeline/glue/14_study.ipynb #9ece42be
 class Bench:
-    "What the rows of a study share"
+    "Hold what the rows of a study share"
     def __init__(self, root, study, source=None): # a folder of the images; None: as the profile says
         self.root, self.study, self.source = Path(root), study, source
         self.device, self.kept, self.guides = best_device(), {}, {}
@@ -146,7 +146,7 @@ class Bench:
         return [d.to(self.device) for d in load_data(dict(data=data), self.root)]
 
     def guide(self, cfg):
-        "What the masking of a row looks at, (N,h,w)"
+        "Return what the masking of a row looks at, (N,h,w)"
         kind, source = guide_kind(cfg), cfg['parts']['source']
         if kind is None:
             return None
@@ -173,7 +173,7 @@ def reopen(kept, shapes, mae, **options): # learners of earlier rows; what progr
 
 # %% ../../nbs/pipeline/glue/14_study.ipynb #e550a99c
 def train(bench, cfg, log):
-    "The autoencoder of a row, and its last loss; with no epochs, as it starts"
+    "Train the autoencoder of a row; return it and its last loss. With no epochs it stays as it starts"
     mae = fresh_mae(cfg)
     options = cfg['pretrain'] | dict(compile=GRAPH if bench.device.type == 'cuda' else None)
     images, guide = bench.splits[0].images, bench.guide(cfg)
@@ -183,7 +183,7 @@ def train(bench, cfg, log):
     return mae, history[-1]['loss'] if history else None
 
 def measure(bench, row, log):
-    "A row, trained and scored, and how"
+    "Train and score a row; return it with how it was measured"
     start, cfg = time.time(), configure(bench.study, row)
     check_profile(cfg, words(row), bench.root)
     mae, loss = train(bench, cfg, log)
@@ -198,35 +198,35 @@ def measure(bench, row, log):
     return row | dict(loss=loss, scores=scores) | about
 
 def hardware(device):
-    "What numbers were computed on: between two of these a row's last digits differ"
+    "Name what numbers were computed on: between two of these a row's last digits differ"
     if device.type == 'cuda':
         return device_name(device)
     kind = 'bfloat16' if isinstance(autocast(device), torch.autocast) else 'float32'
     return f'{device_name(device)}, {torch.backends.cpu.get_cpu_capability()}, {kind}'
 
 def commit_of(root):
-    "The commit that a clone is at"
+    "Return the commit that a clone is at"
     command = 'git rev-parse --short=12 HEAD'.split()
     return subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip()
 
 # %% ../../nbs/pipeline/glue/14_study.ipynb #aed11126
 class OutOfTime(Exception):
-    "A row that would not finish in time"
+    "Tell of a row that would not finish in time"
 
 class Clock:
-    "When time is up, and what rows take, in seconds"
+    "Know when time is up, and what rows take, in seconds"
     def __init__(self, minutes=math.inf):
         self.until, self.epoch, self.scoring = time.time() + 60*minutes, {}, {}
 
     def seconds(self, row, epochs):
-        "What is known of so many epochs of a row, and of scoring it"
+        "Return what is known of so many epochs of a row, and of scoring it"
         return epochs*self.epoch.get(key_of(row)[:2], 0.) + self.scoring.get(row['tuned'], 0.)
 
     def allows(self, row, epochs):
         return time.time() + self.seconds(row, epochs) <= self.until
 
     def watch(self, row):
-        "A log of a row's epochs, which gives the row up, early, when it would not finish"
+        "Make a log of a row's epochs, which gives the row up, early, when it would not finish"
         laps = []
         def lap(line):
             laps.append(time.time())
@@ -259,26 +259,26 @@ def run_study(root, name, file,
             log(f"{words(row)}: {in_short(measured)}  {measured['seconds']:.0f} s")
 
 def words(row):
-    "A row as a line of the log calls it"
+    "Write a row as a line of the log calls it"
     tuned = ', fine-tuned' if row['tuned'] else ''
     return f"{row['entry']} at {row['ratio']}, {row['epochs']} epochs, seed {row['seed']}{tuned}"
 
 def in_short(row):
-    "Scores on test, in per cent"
+    "Write scores on test, in per cent"
     paths = [(name, how) for name, scores in row['scores'].items() for how in scores]
     return ', '.join(f'{name} {how} {score_of(name, how)(row):.1f}' for name, how in paths)
 
 # %% ../../nbs/pipeline/glue/14_study.ipynb #51f165e2
 def chosen(rows, which): # rows by what tells them apart; entry, ratio …
-    "Some of the rows"
+    "Choose some of the rows"
     return [r for r in rows.values() if all(r.get(k, False) == v for k, v in which.items())]
 
 def by_seed(rows, score, **which):
-    "Scores of some rows by seed and hardware"
+    "Return scores of some rows by seed and hardware"
     return {(r['seed'], r['device']): x for r in chosen(rows, which) if (x := score(r)) is not None}
 
 def half_interval(x):
-    "Half the 95 % interval of a mean (Student's t)"
+    "Return half the 95 % interval of a mean (Student's t)"
     return student.ppf(.975, len(x) - 1)*np.std(x, ddof=1)/len(x)**.5 if len(x) > 1 else math.nan
 
 def ahead(one, other): # from `by_seed`
@@ -288,7 +288,7 @@ def ahead(one, other): # from `by_seed`
 
 def print_ahead(rows, lines, scores, # label -> which rows; name -> a function of a row
                 base, beside={}):    # which rows to compare with; what is said elsewhere
-    "Means over seeds, and what they are ahead of others by, `*` where that interval misses zero"
+    "Print means over seeds, and what they are ahead of others by, `*` where that interval misses zero"
     wide = max(map(len, lines)) + 2
     print(' '*wide + 'seeds ' + ''.join(s.ljust(23) for s in scores) + ('elsewhere' if beside else ''))
     for label, which in lines.items():
@@ -297,7 +297,7 @@ def print_ahead(rows, lines, scores, # label -> which rows; name -> a function o
         print(label.ljust(wide) + f'{len(chosen(rows, which)):<6}' + ''.join(cells) + said)
 
 def difference(rows, score, which, base):
-    "A mean over seeds, and what it is ahead of other rows by, in words"
+    "Write a mean over seeds, and what it is ahead of other rows by"
     own, other = by_seed(rows, score, **which), by_seed(rows, score, **base)
     if not own:
         return 'not measured'
@@ -312,7 +312,7 @@ def show_ahead(rows,      # label -> difference, half its interval
                axis,
                beside={}, # label -> what is said elsewhere
                width=6):
-    "Differences as dots with their intervals, in colour where these miss zero"
+    "Show differences as dots with their intervals, in colour where these miss zero"
     fig, ax = plt.subplots(figsize=(width, .5 + .25*len(rows)), dpi=100, layout='constrained')
     for y, (label, (d, half)) in enumerate(rows.items()):
         ax.errorbar(d, y, xerr=half, fmt='o', ms=4, capsize=2,
@@ -328,7 +328,7 @@ def show_ahead(rows,      # label -> difference, half its interval
 
 # %% ../../nbs/pipeline/glue/14_study.ipynb #e3839a3e
 def list_study(root, name, log=print):
-    "What is measured, what is next, and what it would cost"
+    "Print what is measured, what is next, and what it would cost"
     study = read_study(root, name)
     done, cost = read_rows(Path(root)/study['results']), {}
     for r in done.values():

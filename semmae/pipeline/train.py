@@ -22,7 +22,7 @@ from ..train import join, world
 
 # %% ../../nbs/pipeline/glue/09_train.ipynb #7d01e006
 def guide_of(cfg, base, train, root): # with an entry's changes, and without; an ImageSet
-    "What the masking of a training looks at, (N,h,w)"
+    "Return what the masking of a training looks at, (N,h,w)"
     if guide_kind(cfg) is None:
         return None
     if needs(cfg, base) == 'runs/parts':
