@@ -32,12 +32,12 @@ def read_yaml(path):
     return params
 
 # %% ../../nbs/pipeline/glue/00_params.ipynb #7ca1e008
-def changed(cfg, changes, of): # a profile; what is changed in which of its blocks; who says so
+def changed(cfg, changes, prefix): # a profile; what is changed in which of its blocks; who says so
     "Return a profile with some of its blocks changed"
     check(isinstance(changes, dict),
-          f"{of} is {changes!r}: write what it changes as {{block: {{key: value}}}}")
+          f"{prefix} is {changes!r}: write what it changes as {{block: {{key: value}}}}")
     for block, value in changes.items():
-        check(block in cfg, f"{of}.{block} is not known: write one of {', '.join(cfg)}")
+        check(block in cfg, f"{prefix}.{block} is not known: write one of {', '.join(cfg)}")
         old = cfg[block]
         if block not in ('teacher', 'parts') and isinstance(value, dict) and isinstance(old, dict):
             masking = value.get('masking')
@@ -48,10 +48,10 @@ def changed(cfg, changes, of): # a profile; what is changed in which of its bloc
     return cfg
 
 # %% ../../nbs/pipeline/glue/00_params.ipynb #7ca1e010
-def check_profile(cfg, of, root):
+def check_profile(cfg, prefix, root):
     "Refuse a profile in which anything is wrong"
     # imported by name: a stage does not depend on that code, because what it accepts changes no result
-    import_module('semmae.pipeline.settings').check_profile(cfg, of, root)
+    import_module('semmae.pipeline.settings').check_profile(cfg, prefix, root)
 
 def pick(params, kind, name, path):
     "Find one of the `profiles`, `ablations` or `studies` of a params.yaml"

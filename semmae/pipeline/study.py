@@ -35,14 +35,14 @@ from ..vit import autocast
 # %% ../../nbs/pipeline/glue/14_study.ipynb #cca54697
 KEY = 'entry', 'ratio', 'epochs', 'seed', 'tuned'  # what tells the rows of a study apart
 
-def check_study(study, of):
+def check_study(study, prefix):
     "Refuse a study with keys that are unknown, missing or of another type"
     line = model_of(entries=(list[str], ...), seeds=(list[Seed], ...),
                     ratio=(list[Inner | list[Inner]], None), epochs=(list[Whole], None), tuned=(bool, False))
     draw = model_of(train=(Count, None), val=(Count, None), test=(Count, None))
     model = model_of(profile=(str, ...), results=(str, ...), change=(dict, {}), draw=(draw, None),
                      rows=(list[line], ...))
-    check_types(study, of, model)
+    check_types(study, prefix, model)
 
 def read_study(root, name):
     "Read a study of params.yaml: the profile that its rows start from, and its lines of rows"
@@ -293,8 +293,8 @@ def print_ahead(rows, lines, scores, # label -> which rows; name -> a function o
     print(' '*wide + 'seeds ' + ''.join(s.ljust(23) for s in scores) + ('elsewhere' if beside else ''))
     for label, which in lines.items():
         cells = [difference(rows, score, which, base).ljust(23) for score in scores.values()]
-        said = f'{beside[label]:+.1f}' if label in beside else ''
-        print(label.ljust(wide) + f'{len(chosen(rows, which)):<6}' + ''.join(cells) + said)
+        elsewhere = f'{beside[label]:+.1f}' if label in beside else ''
+        print(label.ljust(wide) + f'{len(chosen(rows, which)):<6}' + ''.join(cells) + elsewhere)
 
 def difference(rows, score, which, base):
     "Write a mean over seeds, and what it is ahead of other rows by"
@@ -339,8 +339,8 @@ def list_study(root, name, log=print):
             log(f"{words(row)}: {in_short(found)}  {found['seconds']:.0f} s on {found['device']}")
         else:
             known = {d: np.median(each) for (ratio, d), each in cost.items() if ratio == key_of(row)[1]}
-            said = ' or '.join(f"{row['epochs']*seconds:.0f} s on {d}" for d, seconds in known.items())
-            log(f"{words(row)}: not measured; {said or 'cost not known'}")
+            cost = ' or '.join(f"{row['epochs']*seconds:.0f} s on {d}" for d, seconds in known.items())
+            log(f"{words(row)}: not measured; {cost or 'cost not known'}")
 
 def main():
     "Measure the rows of a study that are not measured yet, in order of priority"

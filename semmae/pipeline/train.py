@@ -53,7 +53,7 @@ def fresh_mae(cfg):
 
 def train_stage(root, profile=None, entry=MAIN):
     "Pretrain as a profile and one of its entries say, results in runs/train/ENTRY"
-    base, cfg = (read_params(f'{root}/params.yaml', profile, of) for of in (None, entry))
+    base, cfg = (read_params(f'{root}/params.yaml', profile, which) for which in (None, entry))
     out, metrics = Path(root)/'runs/train'/entry, f'{root}/runs/metrics/train/{entry}.json'
     out.mkdir(parents=True, exist_ok=True)
     data, = (d.to(join(best_device())) for d in load_data(cfg, root, ['train']))
