@@ -339,8 +339,8 @@ def list_study(root, name, log=print):
             log(f"{words(row)}: {in_short(found)}  {found['seconds']:.0f} s on {found['device']}")
         else:
             known = {d: np.median(each) for (ratio, d), each in cost.items() if ratio == key_of(row)[1]}
-            cost = ' or '.join(f"{row['epochs']*seconds:.0f} s on {d}" for d, seconds in known.items())
-            log(f"{words(row)}: not measured; {cost or 'cost not known'}")
+            costs = ' or '.join(f"{row['epochs']*seconds:.0f} s on {d}" for d, seconds in known.items())
+            log(f"{words(row)}: not measured; {costs or 'cost not known'}")
 
 def main():
     "Measure the rows of a study that are not measured yet, in order of priority"
