@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['Count', 'Whole', 'Layers', 'Width', 'Label', 'Parts', 'Amount', 'Share', 'Unit', 'Inner', 'Side', 'Size', 'Scale',
-           'SemmaeError', 'check', 'rises', 'options_of', 'defaults_of', 'Generator', 'generator', 'draw',
-           'best_device', 'device_name', 'constant', 'die_with_parent', 'grid_size', 'patchify', 'unpatchify', 'blank',
-           'atomic', 'tidy', 'write_json', 'read_json', 'write_csv', 'read_csv', 'save_figure', 'file_hash']
+           'SemmaeError', 'check', 'explained', 'options_of', 'Generator', 'generator', 'draw', 'constant',
+           'die_with_parent', 'grid_size', 'patchify', 'unpatchify', 'blank', 'atomic', 'tidy', 'write_json',
+           'read_json', 'file_hash']
 
 # %% ../nbs/00_core.ipynb #ddd6ad81
-import contextlib, csv, hashlib, inspect, json, os, threading, time
+import contextlib, hashlib, inspect, json, os, threading, time
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, get_args, get_type_hints
@@ -19,12 +19,23 @@ from annotated_types import Ge, Gt, Le, Lt, Predicate
 
 # %% ../nbs/00_core.ipynb #9352e965
 class SemmaeError(Exception):
-    "Something a user can mend: the message says what, where and what to do"
+    "Tell of something that a user can mend: what, where and what to do"
 
 def check(ok, message):
     "Raise `message` as a `SemmaeError` unless `ok`"
     if not ok:
         raise SemmaeError(message)
+
+@contextlib.contextmanager
+def explained(what, advice, *errors):
+    "Say what went wrong and what to do where one of these errors is raised; none named: any"
+    try:
+        yield
+    except SemmaeError:
+        raise
+    except errors or Exception as e:
+        reason = ' '.join(str(e).split())[:200] or type(e).__name__
+        raise SemmaeError(f'{what} ({reason}): {advice}') from e
 
 # %% ../nbs/00_core.ipynb #5a2d546d
 Count = Annotated[int, Ge(1), Le(10**9)]     # of images, epochs, steps …
@@ -40,13 +51,10 @@ Inner = Annotated[float, Gt(0), Lt(1)]       # between 0 and 1, neither of them
 Side = Annotated[int, Ge(1), Le(10**4)]      # of an image, in pixels or cells
 Size = tuple[Side, Side]                     # (height, width)
 
-def rises(pair):
-    return pair[0] <= pair[1]
-
-Scale = Annotated[tuple[Share, Share], Predicate(rises)]  # from a share to a larger one
+Scale = Annotated[tuple[Share, Share], Predicate(lambda pair: pair[0] <= pair[1])]  # from a share to a larger
 
 def options_of(*functions):
-    "Parameters that users may set, those with a type: name -> (type, default, or `inspect.Parameter.empty`)"
+    "List the parameters that users may set: name -> (type, default, or `inspect.Parameter.empty`)"
     found = {}
     for f in functions:
         for name, p in inspect.signature(f, eval_str=True).parameters.items():
@@ -57,18 +65,13 @@ def options_of(*functions):
                 found[name] = p.annotation, p.default
     return found
 
-def defaults_of(function):
-    "The values that those parameters have where nobody sets them"
-    return {name: default for name, (_, default) in options_of(function).items()}
-
 # %% ../nbs/00_core.ipynb #3f7f5465
 class Generator(torch.Generator):
-    "A torch generator that may stand for some rows of a batch that several processes share"
+    "Stand for some rows of a batch that several processes share"
     rows = None  # (first of ours, rows of the whole batch)
 
-def generator(*key,           # seed, purpose, step …: anything with a plain repr
-              device='cpu', rows=None):
-    "A generator that is a function of `key` alone"
+def generator(*key, device='cpu', rows=None):  # seed, purpose, step …: anything with a plain repr
+    "Make a generator that is a function of `key` alone"
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     gen = Generator(device)
     gen.manual_seed(int.from_bytes(digest, 'big') >> 1)
@@ -76,25 +79,14 @@ def generator(*key,           # seed, purpose, step …: anything with a plain r
     return gen
 
 def draw(gen, n, *shape):
-    "Uniform numbers (n,*shape), a row an image: drawn for the whole batch, of which these are our rows"
+    "Draw uniform numbers (n,*shape), a row an image: for the whole batch, of which these are our rows"
     first, total = getattr(gen, 'rows', None) or (0, n)
     return torch.rand(total, *shape, generator=gen, device=gen.device)[first:first+n]
 
 # %% ../nbs/00_core.ipynb #ff197ca7
-def best_device():
-    "The first GPU where there is one, else the CPU"
-    return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-
-def device_name(device):
-    "A device in words, for reports"
-    device = torch.device(device)
-    return (torch.cuda.get_device_name(device) if device.type == 'cuda'
-            else f'CPU, {torch.get_num_threads()} threads')
-
 @lru_cache
-def constant(values, # a tuple, or a tuple of tuples
-             device):
-    "Numbers on a device, where they stay: taking them there at every step would make the host wait for a GPU"
+def constant(values, device):  # a tuple, or a tuple of tuples
+    "Keep numbers on a device"
     return torch.tensor(values, dtype=torch.float, device=device)
 
 # %% ../nbs/00_core.ipynb #80826501
@@ -107,40 +99,34 @@ def die_with_parent():
     threading.Thread(target=watch, args=[os.getppid()], daemon=True).start()
 
 # %% ../nbs/00_core.ipynb #e8ca8075
-def grid_size(size,   # (height, width) of the images
-              patch): # side of a patch
-    "Rows and columns of patches; the patch must divide the image"
+def grid_size(size, patch):  # (height, width) of images, and the side of a patch
+    "Count rows and columns of patches; the patch must divide the image"
     h, w = size
-    check(patch > 0 and h % patch == 0 and w % patch == 0,
-          f"images of {h}×{w} cannot be cut into patches of {patch}: choose a size (`data.size`, "
-          "or an encoder's `image`) that is a multiple of its `patch_size`")
+    check(h % patch == 0 and w % patch == 0, f"images of {h}×{w} cannot be cut into patches of {patch}: "
+          "choose a size (`data.size`, or an encoder's `image`) that is a multiple of its `patch_size`")
     return h//patch, w//patch
 
-def patchify(imgs,   # (B,C,H,W)
-             patch):
-    "Images as sequences of flattened patches, (B,L,patch²·C)"
+def patchify(imgs, patch):  # (B,C,H,W)
+    "Cut images into sequences of flattened patches, (B,L,patch²·C)"
     (B, C), (h, w) = imgs.shape[:2], grid_size(imgs.shape[2:], patch)
     x = imgs.reshape(B, C, h, patch, w, patch)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(B, h*w, patch*patch*C)
 
-def unpatchify(x,      # (B,L,patch²·C)
-               patch,
-               size):  # (height, width) of the images
-    "The inverse of `patchify`"
+def unpatchify(x, patch, size):  # (B,L,patch²·C), and the (height, width) of the images
+    "Put patches together again"
     h, w = grid_size(size, patch)
     x = x.reshape(len(x), h, w, patch, patch, -1)
     return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, *size)
 
-def blank(imgs, ids, # (B,M) patches to paint over
-          patch, value=0.):
-    "Images without some of their patches"
+def blank(imgs, ids, patch):  # (B,M) patches to paint over
+    "Set some patches of images to zero"
     x = patchify(imgs, patch)
-    return unpatchify(x.scatter(1, ids[..., None].expand(-1, -1, x.shape[2]), value), patch, imgs.shape[2:])
+    return unpatchify(x.scatter(1, ids[..., None].expand(-1, -1, x.shape[2]), 0.), patch, imgs.shape[2:])
 
 # %% ../nbs/00_core.ipynb #b86b779d
 @contextlib.contextmanager
 def atomic(path):
-    "A temporary path that becomes `path` when the block ends well, and goes away when it does not"
+    "Lend a temporary path that becomes `path` when the block ends well, and goes away when it does not"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f'.{os.getpid()}-{path.name}')  # the suffix stays: savers look at it
@@ -153,41 +139,19 @@ def atomic(path):
         tmp.unlink(missing_ok=True)
 
 def tidy(x):
-    "What is to be kept as JSON, floats to six digits so that files compare well"
-    if isinstance(x, float):
-        return float(f'{x:.6g}')
-    if isinstance(x, dict):
-        return {k: tidy(v) for k, v in x.items()}
-    return [tidy(v) for v in x] if isinstance(x, (list, tuple)) else x
+    "Round what is to be kept as JSON to six digits, so that files compare well"
+    return json.loads(json.dumps(x), parse_float=lambda digits: float(f'{float(digits):.6g}'))
 
 def write_json(path, data):
-    "`data` as a JSON file, atomically"
+    "Write data as a JSON file, atomically"
     with atomic(path) as tmp:
         tmp.write_text(json.dumps(tidy(data), indent=1, ensure_ascii=False) + '\n')
 
 def read_json(path):
-    "What a JSON file holds"
+    "Read what a JSON file holds"
     return json.loads(Path(path).read_text())
 
-# %% ../nbs/00_core.ipynb #c655419b
-def write_csv(path, rows):
-    "A list of dicts as a CSV file, atomically"
-    with atomic(path) as tmp, open(tmp, 'w', newline='') as f:
-        out = csv.DictWriter(f, rows[0], lineterminator='\n')
-        out.writeheader()
-        out.writerows({k: f'{v:.6g}' if isinstance(v, float) else v for k, v in r.items()} for r in rows)
-
-def read_csv(path):
-    "A CSV file of numbers as a list of dicts"
-    with open(path, newline='') as f:
-        return [{k: float(v) for k, v in r.items()} for r in csv.DictReader(f)]
-
-def save_figure(path, fig):
-    "A matplotlib figure as PNG, atomically"
-    with atomic(path) as tmp:
-        fig.savefig(tmp, bbox_inches='tight')
-
 def file_hash(path):
-    "The first 12 hex digits of a file's SHA-256: which checkpoint a number came from"
+    "Return the first 12 hex digits of a file's SHA-256: which checkpoint a number came from"
     with open(path, 'rb') as f:
         return hashlib.file_digest(f, 'sha256').hexdigest()[:12]

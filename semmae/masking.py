@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['STRATEGIES', 'MAX_PARTS', 'COLOURS', 'n_hidden', 'strategy', 'check_kind', 'find_strategy', 'random', 'part_sizes',
-           'intra_counts', 'inter_counts', 'round_counts', 'split', 'hide_counts', 'hide_parts', 'intra', 'inter',
-           'blend', 'ranks', 'hide_lowest', 'attention_high', 'attention_hint', 'spans', 'block', 'colour']
+           'intra_counts', 'inter_counts', 'round_counts', 'sort_shuffled', 'split', 'hide_counts', 'hide_parts',
+           'intra', 'inter', 'blend', 'ranks', 'hide_lowest', 'attention_high', 'attention_hint', 'spans', 'block',
+           'colour']
 
 # %% ../nbs/04_masking.ipynb #de3ad2d9
 import math
@@ -15,14 +16,14 @@ import torch
 from annotated_types import Gt, Le, Len
 
 from .core import Inner, Label, Unit, Whole, check, draw
+from .images import check_labels
 
 # %% ../nbs/04_masking.ipynb #afbb7191
 def n_hidden(n_patches, ratio):
-    "How many of an image's patches to hide"
+    "Count how many of an image's patches to hide"
     n = n_patches - int(n_patches*(1-ratio))
-    check(0 < n < n_patches,
-          f"a mask ratio of {ratio} hides {n} of {n_patches} patches: "
-          "choose `masking.ratio` so that some stay and some go")
+    check(0 < n < n_patches, f"a mask ratio of {ratio} hides {n} of {n_patches} patches: "
+                             "choose `masking.ratio` so that some stay and some go")
     return n
 
 # %% ../nbs/04_masking.ipynb #4f01c382
@@ -31,8 +32,7 @@ STRATEGIES = {}
 def strategy(guide=None): # 'parts', 'scores', or None: only the shape of the map counts
     "Make a masking function known under its name"
     check(guide in ('parts', 'scores', None),
-          "a strategy is registered with `@strategy()`, or with what it looks at: "
-          "`@strategy('parts')` or `@strategy('scores')`")
+          "register it with `@strategy()`, or with what it looks at, `@strategy('parts')` or `('scores')`")
     def register(f):
         f.guide = guide
         STRATEGIES[f.__name__] = f
@@ -40,25 +40,18 @@ def strategy(guide=None): # 'parts', 'scores', or None: only the shape of the ma
     return register
 
 def check_kind(x, guide):
-    "Part labels are whole numbers, scores are not"
-    what = dict(parts='part labels: give it a tensor of whole numbers',
-                scores='scores: give it a tensor of floating-point numbers')
+    "Refuse scores for part labels, which are whole numbers, and the other way round"
     check(torch.is_tensor(x) and x.is_floating_point() == (guide == 'scores'),
-          f"this masking strategy looks at {what[guide]}")
+          f"this masking strategy looks at {guide}: give it a tensor of "
+          f"{'floating-point' if guide == 'scores' else 'whole'} numbers")
 
 # %% ../nbs/04_masking.ipynb #df22b61a
 def find_strategy(name: str, ratio: Inner | Annotated[list[Inner], Len(1)], **options):
-    "The strategy of that name with its ratio, or ratios, and options set: a function of (map, gen, progress)"
-    check(name in STRATEGIES,
-          f"there is no masking strategy {name!r}: set `masking.name` to one of {', '.join(STRATEGIES)}")
+    "Find a strategy and set its ratio, or ratios, and options: a function of (map, gen, progress)"
+    check(name in STRATEGIES, f"there is no strategy {name!r}: choose one of {', '.join(STRATEGIES)}")
     f = STRATEGIES[name]
     def hide(x, gen, progress=0.):
-        check(x.ndim == 3,
-              f"masking {name!r} was given a map of shape {tuple(x.shape)}: "
-              "give one of (images, rows, columns)")
-        check(gen.device.type == x.device.type,
-              f"the map is on {x.device} and the generator on {gen.device}: "
-              f"make the generator with `device='{x.device}'`")
+        check(x.ndim == 3, f"the maps are of shape {tuple(x.shape)}: give (images, rows, columns)")
         # the same for all shares of a batch
         now = ratio[gen.initial_seed() % len(ratio)] if isinstance(ratio, list) else ratio
         return f(x, now, gen, progress, **options)
@@ -77,24 +70,21 @@ def random(x, ratio, gen, progress=0.):
 MAX_PARTS = 256  # labels are bytes
 
 def part_sizes(parts):
-    "Patches of every part, (B,N)"
+    "Count the patches of every part, (B,N)"
     check_kind(parts, 'parts')
     labels, n = parts.flatten(1).long(), MAX_PARTS
     if not parts.is_cuda:  # a look at the labels would make a GPU wait
-        lo, hi = int(labels.min()), int(labels.max())
-        check(0 <= lo and hi < MAX_PARTS,
-              f"part labels run from {lo} to {hi}: make them 0 to {MAX_PARTS-1} at most")
-        n = hi + 1
-    sizes = torch.zeros(len(labels), n, device=parts.device,
-                        dtype=torch.float32 if parts.device.type == 'mps' else torch.float64)
+        check_labels(labels, MAX_PARTS)
+        n = int(labels.max()) + 1
+    sizes = torch.zeros(len(labels), n, dtype=torch.float64, device=parts.device)
     return sizes.scatter_add_(1, labels, torch.ones_like(labels, dtype=sizes.dtype))
 
 def intra_counts(sizes, n):
-    "The same share of every part, (B,N)"
+    "Take the same share of every part, (B,N)"
     return sizes*n/sizes.sum(1, keepdim=True).clamp(min=1)
 
 def inter_counts(sizes, n, gen):
-    "Whole parts in random order until `n` patches are hidden, (B,N)"
+    "Take whole parts in random order until `n` patches are hidden, (B,N)"
     order = draw(gen, len(sizes), MAX_PARTS)[:, :sizes.shape[1]].argsort(1)
     mixed = sizes.gather(1, order)
     left = (n - (mixed.cumsum(1) - mixed)).clamp(min=0)
@@ -102,29 +92,28 @@ def inter_counts(sizes, n, gen):
 
 # %% ../nbs/04_masking.ipynb #2c3280a5
 def round_counts(counts, gen):
-    "Counts (B,N) rounded at random to whole numbers of the same sum, unbiased"
+    "Round counts (B,N) at random to whole numbers of the same sum, unbiased"
     shift = draw(gen, len(counts), 1).to(counts.dtype)*.9998 + .0001  # clear of rounding errors
     return (counts.cumsum(1) + shift).floor().diff(dim=1, prepend=torch.zeros_like(shift))
 
 # %% ../nbs/04_masking.ipynb #b4407cd5
-def split(ids, stays, noise, n):
-    "Patches `ids` that go, `n` an image, and those that stay, each set in random order: (ids_keep, ids_mask)"
+def sort_shuffled(x, noise):
+    "Return the order in which rows of (B,L) rise, equal values at random"
     order = noise.argsort(1)
-    ids = ids.gather(1, order.gather(1, stays.byte().gather(1, order).argsort(stable=True, dim=1)))
+    return order.gather(1, x.gather(1, order).argsort(stable=True, dim=1))
+
+def split(ids, stays, noise, n):
+    "Split patches `ids` into those that stay and `n` that go, in random order: (ids_keep, ids_mask)"
+    ids = ids.gather(1, sort_shuffled(stays.byte(), noise))
     return ids[:, n:], ids[:, :n]
 
-def hide_counts(parts,  # (B,h,w)
-                sizes,  # (B,N)
-                counts, # (B,N) whole numbers that sum to n
-                n, gen):
+def hide_counts(parts, sizes, counts, n, gen): # (B,h,w), (B,N), whole numbers (B,N) that sum to n
     "Hide `counts` patches of every part, uniformly inside it"
     labels, noise = parts.flatten(1).long(), draw(gen, len(parts), 2, parts[0].numel())
-    order = noise[:, 0].argsort(1)
-    order = order.gather(1, labels.gather(1, order).argsort(stable=True, dim=1)) # by part, shuffled inside it
+    order = sort_shuffled(labels, noise[:, 0])  # by part, shuffled inside it
     label = labels.gather(1, order)
     rank = torch.arange(labels.shape[1], device=parts.device) - (sizes.cumsum(1) - sizes).gather(1, label)
-    stays = rank >= counts.gather(1, label)
-    return split(order, stays, noise[:, 1], n)
+    return split(order, rank >= counts.gather(1, label), noise[:, 1], n)
 
 # %% ../nbs/04_masking.ipynb #618ba9cb
 def hide_parts(parts, ratio, gen,
@@ -133,11 +122,9 @@ def hide_parts(parts, ratio, gen,
                visible=0):      # patches of every other part that stay, where enough others can go
     "Hide a mixture of intra and inter counts"
     n, sizes = n_hidden(parts[0].numel(), ratio), part_sizes(parts)
-    others, spared = sizes.clone(), torch.zeros_like(sizes)
-    if background is not None:
-        where = torch.arange(sizes.shape[1], device=parts.device) == background
-        spared = torch.where(where, torch.minimum(sizes*n/parts[0].numel(), (sizes - 1).clamp(min=0)), 0.)
-        others = torch.where(where, 0., sizes)
+    where = torch.arange(sizes.shape[1], device=parts.device) == (-1 if background is None else background)
+    spared = torch.where(where, torch.minimum(sizes*n/parts[0].numel(), (sizes - 1).clamp(min=0)), 0.)
+    others = torch.where(where, 0., sizes)
     rest = n - spared.sum(1, keepdim=True)
     fewer = (others - visible).clamp(min=0)
     others = torch.where(fewer.sum(1, keepdim=True) >= rest, fewer, others)
@@ -155,21 +142,17 @@ def inter(parts, ratio, gen, progress=0., background: Label | None = None, visib
     return hide_parts(parts, ratio, gen, 0., background, visible)
 
 @strategy('parts')
-def blend(parts, ratio, gen, progress=0.,
-          gamma: Annotated[float, Gt(0), Le(1e6)] = 2.,
-          end: Unit = 0.,        # share of intra at the end
-          reverse: bool = False, # from inter to intra
+def blend(parts, ratio, gen, progress=0., gamma: Annotated[float, Gt(0), Le(1e6)] = 2.,
+          end: Unit = 0., reverse: bool = False, # share of intra at the end; from inter to intra
           background: Label | None = None, visible: Whole = 0):
-    "SemMAE's curriculum: from intra to inter as training goes on, or the other way round"
+    "Follow SemMAE's curriculum: from intra to inter as training goes on, or the other way round"
     share = end + (1 - end)*(1 - progress**gamma)
     return hide_parts(parts, ratio, gen, 1 - share if reverse else share, background, visible)
 
 # %% ../nbs/04_masking.ipynb #9607978e
 def ranks(x, gen):
-    "Rank of every value of (B,L) from the lowest up, equal ones at random"
-    order = draw(gen, *x.shape).argsort(1)
-    rank = x.gather(1, order).argsort(stable=True, dim=1).argsort(1)
-    return torch.zeros_like(rank).scatter_(1, order, rank)
+    "Rank every value of (B,L) from the lowest up, equal ones at random"
+    return sort_shuffled(x, draw(gen, *x.shape)).argsort(1)
 
 def hide_lowest(x, n, gen):
     "Hide the `n` patches of the lowest value in (B,L)"
@@ -180,13 +163,11 @@ def hide_lowest(x, n, gen):
 @strategy('scores')
 def attention_high(scores, ratio, gen, progress=0.):
     "Hide what is attended most"
-    check_kind(scores, 'scores')
     return hide_lowest(-scores.flatten(1).float(), n_hidden(scores[0].numel(), ratio), gen)
 
 @strategy('scores')
 def attention_hint(scores, ratio, gen, progress=0., top: Unit = .1, show: Unit = .5):
     "Hide what is attended most, but for a random share `show` of the very `top`"
-    check_kind(scores, 'scores')
     L = scores[0].numel()
     n, m = n_hidden(L, ratio), int(L*top)
     rank = ranks(-scores.flatten(1).float(), gen)
@@ -195,7 +176,7 @@ def attention_hint(scores, ratio, gen, progress=0., top: Unit = .1, show: Unit =
 
 # %% ../nbs/04_masking.ipynb #a94a2659
 def spans(length, cells, u):
-    "Which of `cells` in a row are covered by random spans of some length, (B,R,cells); a span may stick out"
+    "Find which of `cells` in a row random spans of some length cover, (B,R,cells); a span may stick out"
     length = length.sqrt().round().clamp(min=1)
     start, cell = (u*(cells + length - 1)).floor() - length + 1, torch.arange(cells, device=u.device)
     return (cell >= start[..., None]) & (cell < (start + length)[..., None])
@@ -207,8 +188,8 @@ def block(x, ratio, gen, progress=0.):
     (h, w), n, rectangles = x.shape[1:], n_hidden(x[0].numel(), ratio), 64
     u = draw(gen, len(x), rectangles, 4)
     area, aspect = (.08 + .17*u[..., 0])*h*w, .3**(2*u[..., 1] - 1)
-    # (B,R,h,w)
-    covered = spans(area*aspect, h, u[..., 2])[..., None] & spans(area/aspect, w, u[..., 3])[..., None, :]
+    rows, columns = spans(area*aspect, h, u[..., 2]), spans(area/aspect, w, u[..., 3])
+    covered = rows[..., None] & columns[..., None, :]  # (B,R,h,w)
     # what none reaches goes last
     first = torch.where(covered.any(1), covered.byte().argmax(1), rectangles).flatten(1)
     row = torch.arange(h*w, device=x.device)//w  # the last one is cut from above or from below

@@ -10,45 +10,41 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .core import Amount, Count, Layers, Parts, check, generator
+from .core import Amount, Count, Layers, Parts, generator
 from .images import some_images
-from .parts import part_source
-from .train import prepare
-from .vit import border, check_parts, block_output
+from .parts import PartSource, batched_outputs, part_source, refuse_collapse
+from .vit import border, check_parts
 
 # %% ../nbs/12_paper.ipynb #15bd069f
-def standard_tokens(encoder, images, block=None, batch=50):
-    "Class tokens (N,D) and patch tokens (N,h,w,D), scaled to mean 0 and spread 1"
-    prepare(encoder, images.device).eval()
-    whole, patches = map(torch.cat, zip(*((s.class_token, s.patches) for imgs in images.split(batch)
-                                          for s in [block_output(encoder, imgs, block)])))
-    return tuple(F.layer_norm(x, x.shape[-1:]) for x in (whole, patches))
+def standard_tokens(output): # of a block
+    "Return class tokens (B,D) and patch tokens (B,h,w,D), scaled to mean 0 and spread 1"
+    return [F.layer_norm(x, x.shape[-1:]) for x in (output.class_token, output.patches)]
 
 # %% ../nbs/12_paper.ipynb #07257101
 class PartTokens(nn.Module):
-    "Maps (B,N,h,w) from class tokens and patch tokens: how much a part looks at a cell, 1 on average"
+    "Make maps (B,N,h,w) of tokens: how much a part looks at a cell, 1 on average"
     def __init__(self, dim, n_parts):
         super().__init__()
         self.embed = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, n_parts*dim),
                                    nn.Unflatten(1, (n_parts, dim)))
         self.scale = nn.Parameter(torch.tensor(10.))
 
-    def forward(self, whole, patches): # (B,D), (B,h,w,D)
-        tokens, (h, w) = F.normalize(self.embed(whole), dim=2), patches.shape[1:3]      # (B,N,D)
+    def forward(self, class_tokens, patches): # (B,D), (B,h,w,D)
+        tokens, (h, w) = F.normalize(self.embed(class_tokens), dim=2), patches.shape[1:3]  # (B,N,D)
         near = torch.einsum('bnd,bhwd->bnhw', tokens, F.normalize(patches, dim=3))
         maps = h*w*(self.scale*near).flatten(2).softmax(2).unflatten(2, (h, w))
         return F.avg_pool2d(F.pad(maps, (1,)*4, mode='replicate'), 3, 1)
 
 # %% ../nbs/12_paper.ipynb #07a3f07d
 class StyleDecoder(nn.Module):
-    "An image (B,C,H,W) from maps and a style"
+    "Make an image (B,C,H,W) of maps and a style"
     def __init__(self, n_parts, dim, channels, doublings, width=64):
         super().__init__()
         widths = [n_parts] + [max(16, width >> k) for k in range(doublings + 1)]
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1, padding_mode='replicate')
-                                   for a, b in zip(widths, widths[1:]))
+        conv = lambda a, b: nn.Conv2d(a, b, 3, padding=1, padding_mode='replicate')
+        self.convs = nn.ModuleList(conv(a, b) for a, b in zip(widths, widths[1:]))
         self.styles = nn.ModuleList(nn.Linear(dim, 2*b) for b in widths[1:])
-        self.out = nn.Conv2d(widths[-1], channels, 3, padding=1, padding_mode='replicate')
+        self.out = conv(widths[-1], channels)
 
     def forward(self, maps, style): # (B,N,h,w), (B,D)
         x = maps
@@ -61,84 +57,60 @@ class StyleDecoder(nn.Module):
 
 # %% ../nbs/12_paper.ipynb #12c8be63
 def alike(maps): # (B,N,h,w)
-    "Mean cosine between different maps of an image"
-    m = F.normalize(maps.flatten(2), dim=2)
-    n = maps.shape[1]
+    "Return the mean cosine between different maps of an image"
+    m, n = F.normalize(maps.flatten(2), dim=2), maps.shape[1]
     return ((m @ m.mT).sum((1, 2)) - n).mean()/(n*(n - 1))
 
 # %% ../nbs/12_paper.ipynb #287aa3f3
-class PaperParts:
-    "A source of parts: an encoder, what makes maps of its tokens, and what makes images of maps"
+class PaperParts(PartSource):
+    "Label cells by the map that looks at them most, the background's first"
+    background = 0 # number of the map whose label is 0; those before it move up
+
     def __init__(self, encoder, block, maps, decoder):
-        self.encoder, self.block, self.maps, self.decoder = encoder, block, maps, decoder
+        self.encoder, self.blocks, self.maps, self.decoder = encoder, [block], maps, decoder
 
     @torch.no_grad()
-    def look(self, images): # (B,C,H,W), bytes
-        "Maps (B,N,h,w), and the images that the decoder makes of them"
-        whole, patches = standard_tokens(self.encoder, images, self.block)
-        maps = self.maps(whole, patches)
-        return maps, (self.decoder(maps, whole)*127.5 + 127.5).round().clamp(0, 255).byte()
-
-    @torch.no_grad()
-    def put_first(self, part):
-        "Make one of the maps the first"
-        last, conv = self.maps.embed[2], self.decoder.convs[0]
-        order = [part, *(k for k in range(conv.in_channels) if k != part)]
-        for w in last.weight, last.bias:
-            w.copy_(w.unflatten(0, (len(order), -1))[order].flatten(0, 1))
-        conv.weight.copy_(conv.weight[:, order])
-
-    @torch.no_grad()
-    def predict(self, images): # (B,C,H,W), bytes
-        "Labels (B,h,w)"
-        return torch.cat([self.maps(*standard_tokens(self.encoder, imgs, self.block)).argmax(1)
-                          for imgs in images.split(50)])
+    def label(self, images, output):
+        labels = self.maps(*standard_tokens(output)).argmax(1)
+        return torch.where(labels == self.background, 0, labels + (labels < self.background))
 
 # %% ../nbs/12_paper.ipynb #7d746470
-def learning_parts(images, encoder, n_parts=6, block=None, diversity=1., steps=400, seed=0,
-                   batch=32, lr=2e-3):
-    "The paper's parts after every step of learning them"
-    gen = generator(seed, 'paper')
-    whole, patches = standard_tokens(encoder, images, block)
-    h, dim = patches.shape[1], whole.shape[1]
+def learning_parts(images, encoder, n_parts=6, block=None, diversity=1., steps=400, seed=0, lr=2e-3):
+    "Yield the paper's parts after every step of learning them"
+    gen, device, outputs = generator(seed, 'paper'), images.device, batched_outputs(encoder, images, [block])
+    class_tokens, patches = map(torch.cat, zip(*(standard_tokens(output) for output, in outputs)))
+    h, dim = patches.shape[1], class_tokens.shape[1]
     check_parts(n_parts, patches)
     doublings = max(k for k in range(3) if k == 0 or h*2**k <= images.shape[2])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**40, (), generator=gen)))
-        parts = PaperParts(encoder, block, PartTokens(dim, n_parts).to(images.device),
-                           StyleDecoder(n_parts, dim, images.shape[1], doublings).to(images.device))
-    weights = [*parts.maps.parameters(), *parts.decoder.parameters()]
-    opt = torch.optim.AdamW(weights, lr, weight_decay=1e-2)
+        maker = PartTokens(dim, n_parts).to(device)
+        decoder = StyleDecoder(n_parts, dim, images.shape[1], doublings).to(device)
+    opt = torch.optim.AdamW([*maker.parameters(), *decoder.parameters()], lr, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, steps)
     for _ in range(steps):
-        ids = torch.randint(len(images), (batch,), generator=gen).to(images.device)
-        maps = parts.maps(whole[ids], patches[ids])
-        rebuilt = parts.decoder(maps, whole[ids])
+        ids = torch.randint(len(images), (32,), generator=gen).to(device)
+        maps = maker(class_tokens[ids], patches[ids])
+        rebuilt = decoder(maps, class_tokens[ids])
         target = F.interpolate(images[ids].float()/127.5 - 1, rebuilt.shape[2:], mode='area')
         opt.zero_grad()
         (F.mse_loss(rebuilt, target) + diversity*alike(maps)).backward()
         opt.step()
         schedule.step()
-        yield parts
+        yield PaperParts(encoder, block, maker, decoder)
 
 # %% ../nbs/12_paper.ipynb #1ab57532
 @part_source('paper', background=True)
-def learn_paper_parts(images, encoder,
-                      n_parts: Parts = 6,
-                      block: Layers | None = None,
+def learn_paper_parts(images, encoder, n_parts: Parts = 6, block: Layers | None = None,
                       diversity: Amount = 1., # weight of the loss that keeps maps apart
-                      steps: Count = 400,
-                      seed=0):
+                      steps: Count = 400, seed=0):
     "Learn parts as the paper does"
     images = some_images(images, seed)
     for parts in learning_parts(images, encoder, n_parts, block, diversity, steps, seed):
         pass
     labels = parts.predict(images)
-    parts.put_first(int(labels[:, border(*labels.shape[1:], labels.device)].flatten()
-                        .bincount(minlength=n_parts).argmax()))
-    held = labels.flatten().bincount(minlength=n_parts)/labels.numel()
-    check(held.min() > .002 and held.max() < .9,
-          f"the parts have collapsed: one label holds {100*held.min():.1f} % of all cells and one "
-          f"{100*held.max():.1f} %; raise `parts.diversity`, choose a smaller `parts.n_parts`, "
-          "or give more images")
+    count = lambda labels: labels.flatten().bincount(minlength=n_parts)
+    refuse_collapse(count(labels), .9, 'raise `parts.diversity`')
+    edge = border(*labels.shape[1:], labels.device)
+    parts.background = int(count(labels[:, edge]).argmax())
     return parts

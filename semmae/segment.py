@@ -11,61 +11,52 @@ from torch.nn import functional as F
 
 from .core import Amount, Count, Scale, Unit, generator
 from .evaluate import features, fit_linear
-from .finetune import Drop, Recipe, learn_labels, outputs, with_head
+from .finetune import Drop, learn_labels, outputs, with_head
 from .images import ImageSet
 
 # %% ../nbs/15_segment.ipynb #c9a54626
 def at_cells(encoder, patches, size): # (B,L,n)
-    "What is said of every patch, on a grid of cells, (B,n,h,w)"
+    "Read what is said of every patch on a grid of cells, (B,n,h,w)"
     return F.interpolate(patches.mT.unflatten(2, encoder.patch_embed.grid_size), tuple(size), mode='bilinear')
 
 def segmented(model, images, size):
-    "The part of every cell, (N,h,w)"
+    "Return the part of every cell, (N,h,w)"
     return torch.cat([at_cells(model, x[:, model.num_prefix_tokens:], size).argmax(1)
                       for x in outputs(model, images)])
 
 def part_iou(pred, true, n_parts): # (N,h,w) both
-    "IoU of every part over all images; of one that neither holds, not a number"
+    "Return the IoU of every part over all images; of one that neither holds, not a number"
     met = (n_parts*true.long() + pred).flatten().bincount(minlength=n_parts**2).view(n_parts, n_parts)
-    both = met.diag()
-    return both/(met.sum(0) + met.sum(1) - both)
+    return met.diag()/(met.sum(0) + met.sum(1) - met.diag())
 
 # %% ../nbs/15_segment.ipynb #29fa36ef
-def segment(encoder, images, parts,  # (N,h,w)
-            n_parts=None,            # None: as many as `parts` holds
-            epochs: Count = 100,
-            batch: Count = 256,
-            lr: Amount = 5e-4,
-            warmup_epochs: Amount = 5,
-            weight_decay: Amount = .05,
-            layer_decay: Unit = .65,
-            drop_path: Drop = .1,
-            crop_scale: Scale = (.2, 1.),
-            seed=0, checkpoint=None, log=print):
-    "The encoder with a head at every patch, both learned; rows of epoch, step, loss, lr"
-    how = Recipe(epochs, batch, lr, warmup_epochs, weight_decay, layer_decay, drop_path, crop_scale, seed)
-    n_parts = n_parts or int(parts.max()) + 1
+def segment(encoder, images, parts, n_parts=None, # (N,h,w); None: as many as `parts` holds
+            epochs: Count = 100, batch: Count = 256, lr: Amount = 5e-4, warmup_epochs: Amount = 5,
+            weight_decay: Amount = .05, layer_decay: Unit = .65, drop_path: Drop = .1,
+            crop_scale: Scale = (.2, 1.), seed=0, checkpoint=None, log=print):
+    "Learn an encoder with a head at every patch; return it, and rows of epoch, step, loss, lr"
+    options = epochs, batch, lr, warmup_epochs, weight_decay, layer_decay, drop_path, crop_scale, seed
     loss = lambda out, maps: F.cross_entropy(
         at_cells(encoder, out[:, encoder.num_prefix_tokens:], maps.shape[1:]), maps)
-    return learn_labels(encoder, images, parts, n_parts, '', loss, lambda imgs, maps, step: (imgs, maps),
-                        'segment', how, checkpoint, log)
+    return learn_labels(encoder, images, parts, n_parts or int(parts.max()) + 1, '', 'segment', loss,
+                        lambda imgs, maps, step: (imgs, maps), checkpoint, log, options)
 
 # %% ../nbs/15_segment.ipynb #9a3c2752
 def linear_head(encoder, train, val, # ImageSets with parts
                 n_parts, penalties=(1e-2, 1e-3, 1e-4), seed=0, tokens=100_000):
-    "The encoder, frozen, with the linear head at every patch that finds most on val"
-    ids = (torch.randperm(len(train), generator=generator(seed, 'linear head'))
-           [:max(1, tokens//encoder.patch_embed.num_patches)].to(train.images.device))
-    x = features(encoder, ImageSet(train.images[ids]), patches=True)['patch'].flatten(0, 1)
+    "Make the encoder, frozen, with the linear head at every patch that finds most on val"
+    patches = lambda images: features(encoder, ImageSet(images), patches=True)['patch']
+    ids = torch.randperm(len(train), generator=generator(seed, 'linear head')).to(train.images.device)
+    ids = ids[:max(1, tokens//encoder.patch_embed.num_patches)]
+    x, val_batches = patches(train.images[ids]).flatten(0, 1), patches(val.images).split(250)
     held = F.one_hot(train.parts[ids].long(), n_parts).movedim(3, 1).float()
     held = F.interpolate(held, tuple(encoder.patch_embed.grid_size), mode='area').movedim(1, 3).flatten(0, 2)
-    mean, std = x.mean(0), x.std(0) + 1e-6
-    seen, best = features(encoder, ImageSet(val.images), patches=True)['patch'].split(250), (-1., None, None)
+    mean, std, best = x.mean(0), x.std(0) + 1e-6, (-1., None, None)
     for penalty in penalties:
         w = fit_linear((x - mean)/std, held, penalty)
         weight, bias = w[:-1]/std[:, None], w[-1] - mean @ (w[:-1]/std[:, None])
         maps = torch.cat([at_cells(encoder, some @ weight + bias, val.parts.shape[1:]).argmax(1)
-                          for some in seen])
+                          for some in val_batches])
         found = part_iou(maps, val.parts, n_parts).nanmean().item()
         if found > best[0]:
             best = found, weight, bias

@@ -18,7 +18,8 @@ from conftest import ROOT
 from semmae.core import SemmaeError, generator, patchify
 from semmae.demo.draw import CLASSES, choose, scene
 from semmae.images import crop, crop_parts, random_boxes, random_flips, resize_weights
-from semmae.sources import CIFAR10, Source, Stream, begin, hold_out, load_images
+from semmae.pipeline.data import CIFAR10, load_data
+from semmae.sources import Source, Stream, begin, hold_out, load_images
 
 
 @settings(deadline=None, max_examples=50)
@@ -165,13 +166,11 @@ def test_mnist_through_timm(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('source, named', [
-    ('nowhere', 'data.source'), ('data', 'dvc pull data'), ('torch/no-such-set', 'no-such-set'),
-    ('hfds/no/such', 'datasets')])
+    ('nowhere', 'data.source'), ('data', 'dvc pull data'), ('torch/no-such-set', 'no-such-set')])
 def test_bad_sources(source, named, tmp_path, monkeypatch):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
-    monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
     with pytest.raises(SemmaeError, match=named):
-        load_images(source, root=tmp_path, size=(8, 8))
+        load_data(dict(data=dict(source=source, size=(8, 8))), tmp_path)
 
 
 def test_a_stream_is_the_tensor_and_knows_its_files(tmp_path):
@@ -191,7 +190,7 @@ def test_a_stream_is_the_tensor_and_knows_its_files(tmp_path):
         assert stream[torch.arange(3)].is_contiguous(), (
             "and laid out alike, so that what is summed is summed in one order")
     before, again = (load_images(tmp_path, ['train'], size=(24, 32), stream=True)[0].images for _ in range(2))
-    key, path = before.key(), before.src.names[before.all[3]]
+    key, path = before.key(), before.src.names[before.ids[3]]
     assert again.key() == key
     Image.new('RGB', (40, 40)).save(path)
     after = load_images(tmp_path, ['train'], size=(24, 32), stream=True)[0].images

@@ -17,7 +17,8 @@ from worker import IMAGES, MAPS, cramped, killed, parent, ranked, starved, tune,
 
 from semmae.core import SemmaeError, read_json
 from semmae.pipeline.params import read_yaml
-from semmae.train import launch, run_key
+from semmae.pipeline.processes import launch
+from semmae.train import run_key
 
 workers = get_context('forkserver')
 workers.set_forkserver_preload(['worker'])

@@ -9,10 +9,11 @@ from torch.nn import functional as F
 
 from semmae.core import SemmaeError, generator
 from semmae.images import ImageSet
-from semmae.learn import (mutual_information, labelled, learn_parts, load_learned, look_closely, neighbours,
-                          new_nets, paste, neighbour_information)
+from semmae.learn import (mutual_information, label_shares, learn_parts, load_learned, neighbours, new_nets,
+                          paste, neighbour_information, take_views)
 from semmae.paper import PartTokens, StyleDecoder, alike, standard_tokens, learn_paper_parts
-from semmae.parts import make_parts, score_parts
+from semmae.parts import batched_outputs, score_parts
+from semmae.pipeline.guide import make_parts
 from semmae.sources import load_images
 
 
@@ -45,7 +46,7 @@ def test_what_is_told_is_told_over_all_images_and_within_each(across):
     nets = new_nets(2, 4, 3, generator(2))
     met = torch.zeros(2, 3, 3, 3)  # net, image, label, label
     for b, i, j in zip(*neighbours(front, 1, -1)):
-        p, q = labelled(nets, one[b, i][None])[:, 0], labelled(nets, other[b, j][None])[:, 0]
+        p, q = (label_shares(nets, x[None])[:, 0] for x in (one[b, i], other[b, j]))
         met[:, b] += p[:, :, None]*q[:, None]
     for k in range(2):
         each = sum(mutual_information(met[k, b]) for b in range(3))/3
@@ -76,7 +77,7 @@ def test_of_many_pairs_every_so_manieth_is_looked_at():
                       torch.randn(3, 30, 4, generator=generator(1)))
     b, i, j = (v[::4] for v in neighbours(front, 0, 1))  # of 75, at most 24
     met = torch.zeros(2, 3, 9).index_add(
-        1, b, (labelled(nets, x[b, i])[..., None]*labelled(nets, x[b, j])[..., None, :]).flatten(2)
+        1, b, (label_shares(nets, x[b, i])[..., None]*label_shares(nets, x[b, j])[..., None, :]).flatten(2)
     ).unflatten(2, (3, 3))
     found = neighbour_information(nets, x, x, front, (0, 1), 1, most=24)
     assert torch.allclose(found, mutual_information(met.sum(1)), atol=1e-5)
@@ -125,7 +126,7 @@ def test_planted_parts_are_found(planted):
 
 def test_a_mirrored_view_lies_where_the_image_does(planted):
     encoder, images = planted
-    views = look_closely(images[:30], encoder, pastes=0, share=.3)[3]
+    views = take_views(images[:30], encoder, pastes=0, share=.3)[2]
     assert len(views) == 2 and torch.allclose(views[0], views[1], atol=.02)
 
 
@@ -224,7 +225,7 @@ def test_the_papers_way_keeps_maps_apart_and_rebuilds_an_image_from_its_own(plan
         # one part is too small to outlive the blur
         parts = learn_paper_parts(images[:30], encoder, n_parts=3, steps=steps)
         with torch.no_grad():
-            whole, patches = standard_tokens(encoder, images[30:])
+            whole, patches = standard_tokens(*next(batched_outputs(encoder, images[30:], [None])))
             maps = parts.maps(whole, patches)
             true = F.interpolate(images[30:].float()/127.5 - 1, parts.decoder(maps, whole).shape[2:],
                                  mode='area')

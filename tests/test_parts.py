@@ -13,10 +13,10 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from semmae.core import SemmaeError, generator
 from semmae.images import FIT, ImageSet, read_maps, resized_parts, write_maps
-from semmae.learn import learn_parts
-from semmae.parts import (SOURCES, Grid, called_iou, closest, control, foreground_iou, hardest, judge_parts,
-                          make_parts, matched_iou, open_parts, part_source, read_cub, regions,
+from semmae.parts import (SOURCES, foreground_iou, matching, open_parts, part_source, read_cub,
                           score_keypoints, score_parts)
+from semmae.pipeline.guide import make_parts
+from semmae.pipeline.parts import called_iou, closest, control, hardest, judge_parts, regions
 from semmae.pipeline.report import few_maps
 from semmae.sources import load_images
 from semmae.vit import pixels_of, save_encoder
@@ -45,7 +45,7 @@ def test_scores_are_sklearns_on_the_cells_and_do_not_know_names(seed, n_pred, n_
 def test_the_matching_is_the_best_of_all(seed):
     table = np.random.default_rng(seed).integers(0, 20, (4, 4))
     iou = table/np.maximum(table.sum(1, keepdims=True) + table.sum(0) - table, 1)
-    assert matched_iou(table).sum() == pytest.approx(max(sum(iou[i, p[i]] for i in range(4))
+    assert matching(table)[2].sum() == pytest.approx(max(sum(iou[i, p[i]] for i in range(4))
                                                          for p in permutations(range(4))))
 
 
@@ -227,7 +227,7 @@ def test_what_a_source_is_fitted_on_are_some_training_images():
         @part_source('spy', sees=False)
         def spy(images, encoder, seed=0):
             seen.append(images[:, 0, 0, 0].tolist())
-            return Grid(2, (1, 2))
+            return open_parts('grid', n_parts=2, grid=(1, 2))
         for n in (9, FIT + 9):
             images = torch.arange(n, dtype=torch.int32)[:, None, None, None]
             made = make_parts(dict(train=ImageSet(images), val=ImageSet(-images[:3])), 'spy')
@@ -256,7 +256,6 @@ def test_cub_keypoints_follow_the_crop(tmp_path):
         img.putpixel((x, y), (255, 0, 0))
     img.save(tmp_path/'CUB/images/001.Auk/a.png')
     (tmp_path/'CUB/images.txt').write_text('7 001.Auk/a.png\n')
-    (tmp_path/'CUB/parts/parts.txt').write_text('1 back\n2 beak\n3 tail\n')
     (tmp_path/'CUB/parts/part_locs.txt').write_text('7 1 60.5 10.5 1\n7 2 30.5 40.5 1\n7 3 99.0 25.0 1\n')
     square, wide = (read_cub(tmp_path/'CUB', ['train/001.Auk/a.png'], size)[0]
                     for size in ((50, 50), (25, 50)))
@@ -302,7 +301,6 @@ def test_the_truth_is_brought_to_the_maps_where_it_is():
 
 
 def test_heads_and_k_means_stand_beside_learned_maps(tmp_path):
-    assert SOURCES['learned'] is learn_parts
     data = dict(source=str(ROOT/'data'), size=[64, 64], channels=3, limit=20)
     splits = dict(zip(('train', 'val', 'test'), load_images(**data)))
     write_maps(tmp_path/'runs/parts', {k: d.parts for k, d in splits.items()},
@@ -335,7 +333,7 @@ def test_what_is_called_foreground_is_judged_as_such():
 
 def test_what_users_may_get_wrong_is_named(tmp_path):
     images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
-    with pytest.raises(SemmaeError, match='4, 5, 2'):
+    with pytest.raises(SemmaeError, match='keypoint'):
         score_keypoints(maps(0, n=4), torch.rand(4, 5, 2))
     with pytest.raises(SemmaeError, match='keypoint'):
         score_keypoints(maps(0, n=1), torch.full((1, 5, 3), 60.))

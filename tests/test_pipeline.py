@@ -19,7 +19,6 @@ from semmae.pipeline.code import write_code
 from semmae.pipeline.teacher import teacher_stage
 from semmae.pipeline.train import train_stage
 from semmae.pipeline.tune import finetune_stage, segment_stage
-from semmae.train import launch
 
 RESULTS = ['runs/teacher/encoder.safetensors', 'runs/teacher/history.csv', 'runs/parts/train.npy',
            'runs/metrics/teacher.json', 'runs/metrics/parts.json', 'runs/train/semmae/encoder.safetensors',

@@ -9,7 +9,7 @@ from conftest import ROOT, random_images, small_encoder as encoder
 from worker import teach
 
 from semmae.core import SemmaeError, generator
-from semmae.sources import load_images
+from semmae.pipeline.data import load_images
 from semmae.teacher import (Distiller, Sums, Views, balance, distil, place, random_blocks, random_colours,
                             shared_bits, view)
 from semmae.vit import encode

@@ -14,9 +14,10 @@ from semmae.core import SemmaeError, generator, write_json
 from semmae.mae import MAE
 from semmae.sources import Source, Stream
 from semmae.teacher import distil
+from semmae.pipeline.processes import run_process
 from semmae.pretrain import pretrain
 from semmae.segment import segment
-from semmae.train import join, run_process, world
+from semmae.train import join, world
 from semmae.vit import make_encoder
 
 torch.cpu._is_avx512_bf16_supported = lambda: False  # the same numbers on every processor

@@ -18,11 +18,12 @@ from PIL import Image
 from torch.nn import functional as F
 
 from .speed import make_ours, open_facebook, open_hugging, write_folder
-from ..core import best_device, check, device_name, generator, read_json, write_json
+from ..core import check, generator, read_json, write_json
 from ..images import FIT, normalize
 from ..learn import learn_parts
 from ..masking import n_hidden, random
-from ..pretrain import Batches, Learner, pretrain
+from ..pipeline.stages import best_device, device_name
+from ..pretrain import Batches, MaskLearner, pretrain
 from ..sources import Source, load_images, read_all
 from ..teacher import distil
 from ..train import prepare
@@ -134,7 +135,8 @@ def trainer(model, device, mode=None, **kw): # of torch.compile; None: not compi
     "A function from what steps see to a function that trains so many of them"
     mae = prepare(make_ours(model, **kw), device).train()
     adamw = dict(opt='adamw', betas=(.9, .95), fused=True)
-    learner = Learner(mae, adamw, lr=1e-4, weight_decay=.05, clip=None, accumulate=1, ema=None, compile=mode)
+    learner = MaskLearner(mae, adamw, lr=1e-4, weight_decay=.05, clip=None, accumulate=1, ema=None,
+                          compile=mode)
     return lambda batches: in_steps(lambda step: learner(batches, step, 1e-4))
 
 # %% ../../nbs/bench/gpu.ipynb #fbbd25bb

@@ -19,11 +19,13 @@ from torch.utils.data import DataLoader, DistributedSampler
 from torchvision import datasets, transforms
 
 from .. import pretrain as pretraining
-from ..core import SemmaeError, best_device, check
+from ..core import SemmaeError, check
 from ..mae import MAE
+from ..pipeline.processes import complaint
+from ..pipeline.stages import best_device
 from ..pretrain import pretrain
 from ..sources import load_images
-from ..train import complaint, join, world
+from ..train import join, world
 from ..vit import make_encoder
 
 # %% ../../nbs/bench/speed.ipynb #bced1b88
