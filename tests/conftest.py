@@ -1,6 +1,7 @@
-"A clone of the project that a test may run and break."
+"A clone of the project that a test may run and break; images and encoders that several files use."
 import os
 import shutil
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -10,13 +11,53 @@ from filelock import FileLock
 
 ROOT = Path(__file__).parent.parent
 PARALLEL = 'PYTEST_XDIST_WORKER' in os.environ
+os.environ['PYTHONPATH'] = f'{ROOT}:{ROOT}/tests'  # of processes that tests start
 if PARALLEL:
     os.environ['OMP_NUM_THREADS'] = '1'  # a core for each of pytest's processes, and for what it starts
+
+import torch  # which looks at that when it loads
+from PIL import Image
+
+from semmae.core import generator
+from semmae.vit import make_encoder
+
+torch.cpu._is_avx512_bf16_supported = lambda: False  # the same numbers on every processor
 
 
 def pytest_collection_modifyitems(items):
     "Begin with the files that take longest, so that no process is left alone with them in the end"
     items.sort(key=lambda item: item.path.name != 'test_pipeline.py')
+
+
+def random_images(n, h, w):
+    return torch.randint(0, 256, (n, 3, h, w), dtype=torch.uint8, generator=generator('images'))
+
+
+def small_encoder(**kw):
+    return make_encoder(**dict(image=(32, 32), patch_size=8, embed_dim=32, depth=2, num_heads=2) | kw)
+
+
+def painted(truth, noise=15):
+    "Images whose parts have colours of their own, a cell of two by two pixels"
+    colours = torch.tensor([[20, 20, 20], [240, 120, 120], [120, 240, 120], [120, 120, 240]])
+    cells = colours[truth] + noise*torch.randn(*truth.shape, 3, generator=generator('noise'))
+    return cells.clamp(0, 255).byte().movedim(3, 1).repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+
+def placeless_encoder(image, depth):
+    "An encoder that looks at such cells and does not know where they lie"
+    vit = small_encoder(image=image, patch_size=2, depth=depth)
+    vit.pos_embed.data.zero_()
+    return vit.eval()
+
+
+def make_photos(folder):
+    "Twenty blue and twenty red images of 16 by 16, in a folder each"
+    for c in ('blue', 'red'):
+        (folder/c).mkdir(parents=True)
+        for i, few in enumerate(torch.randint(100, (20, 4, 4, 3), generator=generator(c), dtype=torch.uint8)):
+            few[..., 0 if c == 'red' else 2] += 150
+            Image.fromarray(few.numpy()).resize((16, 16)).save(folder/c/f'{i}.png')
 
 
 def environment(cwd):
@@ -35,12 +76,18 @@ def sh(cwd, command, ok=True):
     return done
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=60, pause=.05):
     "Return once `condition` holds; fail when it never does"
     end = time.time() + seconds
     while not condition():
         assert time.time() < end, 'waited in vain'
-        time.sleep(.05)
+        time.sleep(pause)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
 
 
 @pytest.fixture(scope='session')
@@ -57,14 +104,15 @@ def project(tmp_path_factory):
 
 
 def make_smoke(path):
-    "The project with its data pulled, through `dvc repro` of `smoke` without the true parts"
+    "The project with its data pulled, through `dvc repro` of `smoke` with fewer trainings"
     for f in sh(ROOT, 'git ls-files -co --exclude-standard').stdout.splitlines():
         if (ROOT/f).is_file():
             (path/f).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT/f, path/f)
     params = path/'params.yaml'
     params.write_text(params.read_text().replace('profile: tiny', 'profile: smoke', 1)
-                      .replace('  true_parts: data\n', '', 1))
+                      .replace('  inter: runs/parts\n  true_parts: data\n', '', 1)
+                      .replace('tuned: [semmae, random, untrained]', 'tuned: [semmae]', 1))
     sh(path, 'git init -q && git add -A && git commit -qm start && dvc pull -q data')
     (path/'.git/repro.log').write_text(sh(path, 'dvc repro').stdout)
     sh(path, 'git add -A && git commit -qm smoke')

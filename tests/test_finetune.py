@@ -1,5 +1,6 @@
 "Learning with labels: the head, the step, few labels, parts"
 import pytest, torch
+from conftest import random_images, small_encoder
 from sklearn.metrics import jaccard_score
 from torch.nn import functional as F
 
@@ -7,24 +8,24 @@ from semmae.core import SemmaeError, generator
 from semmae.finetune import Labelled, finetune, mixing, outputs, with_head
 from semmae.images import ImageSet, few_labels
 from semmae.segment import at_cells, linear_head, part_iou, segment, segmented
-from semmae.vit import encode, make_encoder, pixels_of
+from semmae.vit import encode, pixels_of
 
 silent = lambda line: None
 
 
 @pytest.fixture
 def encoder():
-    return make_encoder(image=(32, 32), patch_size=8, embed_dim=32, depth=2, num_heads=2).eval()
+    return small_encoder().eval()
 
 
 @pytest.fixture
 def images():
-    return torch.randint(0, 256, (24, 3, 32, 32), dtype=torch.uint8, generator=generator('images'))
+    return random_images(24, 32, 32)
 
 
 @pytest.mark.parametrize('kw', [{}, dict(global_pool='avg'), dict(class_token=False, global_pool='avg')])
 def test_a_head_reads_the_encoders_own_tokens(images, kw):
-    encoder = make_encoder(image=(32, 32), patch_size=8, embed_dim=32, depth=2, num_heads=2, **kw).eval()
+    encoder = small_encoder(**kw).eval()
     torch.nn.init.normal_(encoder.fc_norm.weight if 'global_pool' in kw else encoder.norm.weight,
                           generator=generator('norm'))
     imgs, n = pixels_of(encoder, images), encoder.num_prefix_tokens
@@ -104,8 +105,7 @@ def test_targets_follow_their_images(encoder):
 
 
 def test_pixels_are_those_that_the_encoder_expects(images):
-    encoder = make_encoder(image=(32, 32), patch_size=8, embed_dim=32, depth=1, num_heads=2,
-                           stats=[[.5]*3, [.25]*3])
+    encoder = small_encoder(stats=[[.5]*3, [.25]*3])
     imgs, _ = Labelled(images, torch.zeros(24, dtype=torch.long), 1, with_head(encoder, 1),
                        1, 24, (1., 1.), 0, 'finetune').at(0)
     for how in (torch.max, torch.min):
@@ -142,17 +142,15 @@ def test_few_labels_are_the_same_share_of_every_class():
     ids = few_labels(classes, .1)
     assert (classes[ids].bincount().tolist() == [4, 2, 6] and torch.equal(ids, few_labels(classes, .1))
             and not torch.equal(ids, few_labels(classes, .1, seed=1)))
-    with pytest.raises(SemmaeError, match='class dog has 20 images, of which 2 % is none: raise the share'):
+    with pytest.raises(SemmaeError, match='dog'):
         few_labels(classes, .02, names=['cat', 'dog', 'owl'])
 
 
-@pytest.mark.parametrize('change, says', [
-    (dict(targets=torch.arange(24), n=3), 'labels run from 0 to 23, and there are 3'),
-    (dict(targets=torch.arange(9)), 'there are 24 images and targets for 9'),
-    (dict(batch=100), '`finetune.batch`')])
-def test_mistakes_are_one_sentence(encoder, images, change, says):
+@pytest.mark.parametrize('change, named', [
+    (dict(targets=torch.arange(24), n=3), '23'), (dict(targets=torch.arange(9)), '24 .* 9'),
+    (dict(batch=100), 'finetune.batch')])
+def test_what_is_wrong_is_named(encoder, images, change, named):
     change = dict(change)
     targets, n = change.pop('targets', torch.arange(24) % 2), change.pop('n', None)
-    with pytest.raises(SemmaeError) as e:
+    with pytest.raises(SemmaeError, match=named):
         finetune(encoder, images, targets, n, **dict(epochs=2, batch=8, warmup_epochs=1, log=silent) | change)
-    assert says in str(e.value)

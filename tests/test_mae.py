@@ -142,5 +142,5 @@ def test_masks_that_do_not_fit():
     for batch, grid in ((2, (2, 4)), (2, (5, 5)), (3, (4, 4))):
         masks = find_strategy('random', .75)(torch.zeros(batch, *grid), generator('masks'))
         for f in (mae, lambda *x: reconstruct(mae, *x)):
-            with pytest.raises(SemmaeError, match="make them on the encoder's grid, 4×4"):
+            with pytest.raises(SemmaeError, match='4×4'):
                 f(imgs, *masks)

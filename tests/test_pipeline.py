@@ -14,8 +14,8 @@ import yaml
 from conftest import ROOT, environment, sh, wait_for
 from nbformat.v4 import new_code_cell, new_notebook
 
-from semmae.core import SemmaeError
-from semmae.pipeline.processes import launch
+from semmae.core import SemmaeError, file_hash
+from semmae.pipeline.code import write_code
 from semmae.pipeline.teacher import teacher_stage
 from semmae.pipeline.train import train_stage
 from semmae.pipeline.tune import finetune_stage, segment_stage
@@ -23,20 +23,28 @@ from semmae.pipeline.tune import finetune_stage, segment_stage
 RESULTS = ['runs/teacher/encoder.safetensors', 'runs/teacher/history.csv', 'runs/parts/train.npy',
            'runs/metrics/teacher.json', 'runs/metrics/parts.json', 'runs/train/semmae/encoder.safetensors',
            'runs/train/semmae/loss.csv', 'runs/metrics/probe.json', 'runs/train/random/decoder.safetensors',
-           'runs/metrics/train/inter.json', 'runs/finetune/semmae/answers.json',
-           'runs/segment/untrained/maps.npz', 'runs/report/index.html']
+           'runs/metrics/train/untrained.json', 'runs/finetune/semmae/answers.json',
+           'runs/segment/semmae/maps.npz', 'runs/report/index.html']
 
-TRAININGS, TUNED = ['semmae', 'random', 'untrained', 'inter'], ['semmae', 'random', 'untrained']
+TRAININGS = ['semmae', 'random', 'untrained']
 TRAIN = [f'train@{k}' for k in TRAININGS]
-STAGES = ['teacher', 'parts', *TRAIN, 'probe',
-          *(f'{stage}@{k}' for stage in ('finetune', 'segment') for k in TUNED), 'report']
+STAGES = ['teacher', 'parts', *TRAIN, 'probe', 'finetune@semmae', 'segment@semmae', 'report']
 
 
 @pytest.fixture
 def done(project):
     "The clone after `dvc repro`, and what that printed; put back as it was when the test ends"
+    before = times(project)
     yield project, (project/'.git/repro.log').read_text()
-    restore(project)
+    changed = times(project) != before
+    sh(project, 'git checkout -q . && git clean -qfd')
+    if changed:
+        sh(project, 'dvc checkout -q --force')
+
+
+def times(project):
+    "When every result was written"
+    return {p: p.stat().st_mtime_ns for p in (project/'runs').rglob('*') if p.is_file()}
 
 
 def stages_of(out):
@@ -47,11 +55,6 @@ def stages_of(out):
 def would_run(project):
     "The stages that have changed themselves; what depends on them is not among these"
     return stages_of(sh(project, 'dvc repro --dry').stdout)
-
-
-def restore(project):
-    "The clone as it was committed, its results back in place"
-    sh(project, 'git checkout -q . && git clean -qfd && dvc checkout -q --force')
 
 
 def set_param(project, old, new):
@@ -80,8 +83,7 @@ def test_every_score_says_what_it_was_measured_on(done):
                 and scores['images'] == 280 and scores['seed'] == 0), name
         assert (scores['checkpoint'] if name != 'probe'
                 else scores['checkpoints'].keys() == set(TRAININGS)), name
-    assert all(0 < found[f'finetune@{k}']['accuracy'] < 1 and 0 < found[f'segment@{k}']['frozen'] < 1
-               for k in TUNED)
+    assert 0 < found['finetune@semmae']['accuracy'] < 1 and 0 < found['segment@semmae']['frozen'] < 1
 
 
 def test_a_training_without_what_it_needs_is_left_out(done):
@@ -100,7 +102,6 @@ def test_nothing_runs_twice(done):
 def test_report_is_one_page(done):
     page = (done[0]/'runs/report/index.html').read_text()
     assert page.count('<img src="data:image/png;base64,') == 8 and 'FG-NMI' in page and 'http' not in page
-    assert 'smoke run' in page and 'linear probe' in page
 
 
 def test_a_parameter_of_another_profile_reruns_nothing(done):
@@ -108,31 +109,21 @@ def test_a_parameter_of_another_profile_reruns_nothing(done):
     assert would_run(done[0]) == []
 
 
-def test_other_profiles_are_whole(done):
-    "`dvc exp run -S profile=cifar10` and `tiny` find every parameter they need"
-    for profile in yaml.safe_load((done[0]/'params.yaml').read_text())['profiles']:
-        set_param(done[0], 'profile: smoke', f'profile: {profile}')
-        assert sorted(would_run(done[0])) == ([] if profile == 'smoke' else sorted(['exported', *STAGES]))
-        restore(done[0])
-
-
-def test_unknown_profile(done):
-    set_param(done[0], 'profile: smoke', 'profile: huge')
-    out = sh(done[0], 'dvc repro', ok=False)
-    assert out.returncode != 0 and 'profiles.huge' in out.stdout
+def test_another_profile_runs_everything(done):
+    set_param(done[0], 'profile: smoke', 'profile: cifar10')
+    assert sorted(would_run(done[0])) == sorted(['exported', *STAGES])
 
 
 def test_comparing_runs(done):
-    "An experiment from the command line, as far as the probe, and what it changed"
+    "An experiment from the command line, and what it changed"
     project, _ = done
-    out = sh(project, 'dvc exp run -S profiles.smoke.pretrain.masking.ratio=0.6 probe').stdout
-    assert set(stages_of(out)) == {'exported', *TRAIN, 'probe'}, (
-        'one parameter of one kind of stage: those and what depends on them')
+    out = sh(project, 'dvc exp run -S profiles.smoke.pretrain.masking.ratio=0.6 train@semmae').stdout
+    assert set(stages_of(out)) == {'exported', 'train@semmae'}
     assert 'masking.ratio' in sh(project, 'dvc params diff').stdout
     assert 'loss' in sh(project, 'dvc metrics diff').stdout
     assert 'linear' in sh(project, 'dvc metrics show').stdout
-    sh(project, 'dvc plots diff -o plots')
-    page = (project/'plots/index.html').read_text()
+    sh(project, 'dvc plots diff')
+    page = (project/'dvc_plots/index.html').read_text()
     assert page.count('<img') >= 1 and 'vega' in page.lower()
 
 
@@ -144,52 +135,53 @@ def test_forgotten_export(done):
     nb.write_text(edited)
     out = sh(project, 'dvc repro', ok=False)
     assert out.returncode != 0
-    assert ('exported: semmae/masking.py differs from its notebook: run `nbdev_export`, '
-            'and `dvc repro` again') in out.stdout
-    assert 'Traceback' not in out.stdout and stages_of(out.stdout) == ['exported']
+    assert 'semmae/masking.py' in out.stdout and 'Traceback' not in out.stdout
+    assert stages_of(out.stdout) == ['exported']
+    assert (project/'dvc.lock').read_text() == sh(project, 'git show HEAD:dvc.lock').stdout
 
 
-@pytest.mark.parametrize('module, old, new, again', [
-    ('02_show', 'fontsize=9, pad=4', 'fontsize=8, pad=4', {'report'}),
-    ('06_attend', 'Attend within a head', 'Attend inside a head', set(STAGES)),
-    ('04_masking', 'Hide patches uniformly at random', 'Hide patches at random', {*TRAIN, 'report'}),
-    ('pipeline/glue/05_settings', 'is not a whole number', 'is no whole number', set())])
-def test_an_edit_reruns_what_uses_it(done, module, old, new, again):
-    "A picture only the report, a kernel all that runs an encoder, a masking all that hides, a check nothing"
+def test_an_edit_reruns_what_uses_it(done):
     project, _ = done
-    nb = project/f'nbs/{module}.ipynb'
-    assert old in nb.read_text()
-    nb.write_text(nb.read_text().replace(old, new, 1))
+    nb = project/'nbs/04_masking.ipynb'
+    nb.write_text(nb.read_text().replace('Hide patches uniformly at random', 'Hide patches at random'))
     sh(project, 'nbdev_export && dvc repro exported')
-    assert set(would_run(project)) == again
+    assert set(would_run(project)) == {*TRAIN, 'report'}
+
+
+def test_what_a_stage_runs_is_noted(done):
+    "A plot only for the report, a kernel for all that runs an encoder, a check for nothing"
+    project, _ = done
+    noted = lambda: {p.stem: file_hash(p) for p in (project/'runs/code').iterdir() if p.stem != 'exported'}
+    for module, again in dict(show={'report'}, attend={k.split('@')[0] for k in STAGES},
+                              **{'pipeline/settings': set()}).items():
+        before = noted()
+        with open(project/f'semmae/{module}.py', 'a') as f:
+            f.write('# another\n')
+        write_code(project)
+        assert {k for k, v in noted().items() if v != before[k]} == again
 
 
 def test_a_mistake_is_one_sentence(done):
     project, _ = done
     set_param(project, 'name: blend', 'name: blnd')
-    out = sh(project, 'dvc repro', ok=False)
-    assert out.returncode != 0 and 'exported: profiles.smoke.pretrain.masking.name is "blnd"' in out.stdout
-    assert 'Traceback' not in out.stdout and stages_of(out.stdout) == ['exported'], 'before anything starts'
-    assert (project/'dvc.lock').read_text() == sh(project, 'git show HEAD:dvc.lock').stdout
+    out = sh(project, 'python -m semmae.pipeline.run exported smoke', ok=False)
+    assert out.returncode != 0 and 'Traceback' not in out.stdout
+    assert 'profiles.smoke.pretrain.masking.name' in out.stdout.splitlines()[-1]
 
 
-@pytest.mark.parametrize('stage, old, new, says', [
+@pytest.mark.parametrize('stage, old, new, named', [
     (teacher_stage, 'source: data', 'source: nowhere', 'data.source'),
     (train_stage, 'lr: 1.0e-3', 'lr: 1.0e+9', 'pretrain.lr'),
     (train_stage, 'probe: {labels: [0.2]}', 'probe: {labels: [0.001]}', 'class cat-phones'),
     (train_stage, 'segment: {labels: 0.5', 'segment: {labels: 0.001', 'the training set'),
-    (finetune_stage, 'labels: 0.5', 'labels: 0.001', 'class cat-phones'),
     (finetune_stage, 'patch_size: 8, embed_dim: 64', 'patch_size: 8, embed_dim: 96',
-     'runs/train/semmae/encoder.safetensors'),
-    (segment_stage, 'patch_size: 8, embed_dim: 64', 'patch_size: 8, embed_dim: 96',
      'runs/train/semmae/encoder.safetensors')],
     ids=lambda x: x if isinstance(x, str) else x.__name__)
-def test_what_only_a_stage_can_know_is_one_sentence(done, stage, old, new, says):
+def test_what_only_a_stage_can_know_is_named(done, stage, old, new, named):
     "`semmae.pipeline.run` prints what is raised here, as above"
     set_param(done[0], old, new)
-    with pytest.raises(SemmaeError, match=re.escape(says)) as e:
+    with pytest.raises(SemmaeError, match=f'^[^\n]*{named}[^\n]*$'):
         stage(done[0])
-    assert '\n' not in str(e.value)
 
 
 def test_a_stage_that_is_killed_says_so(tmp_path):
@@ -198,20 +190,7 @@ def test_a_stage_that_is_killed_says_so(tmp_path):
     cell = new_code_cell('import os, signal\nos.kill(os.getpid(), signal.SIGKILL)')
     nbformat.write(new_notebook(cells=[cell]), tmp_path/'nbs/pipeline/train.ipynb')
     out = sh(tmp_path, f'PYTHONPATH={ROOT} python -m semmae.pipeline.run train', ok=False)
-    assert out.returncode != 0 and out.stdout.splitlines()[-1].startswith(
-        'train: its process was killed, most often for want of memory: lower `batch`')
-
-
-def test_data_not_pulled(done):
-    "DVC itself stops `dvc repro` and names the file; a stage started by itself says what to do"
-    project, _ = done
-    (project/'data').rename(project/'elsewhere')
-    whole, stage = (sh(project, 'dvc repro', ok=False),
-                    sh(project, 'python -m semmae.pipeline.run train', ok=False))
-    (project/'elsewhere').rename(project/'data')
-    assert whole.returncode != 0 and "'data.dvc': missing data" in whole.stdout
-    assert stage.returncode != 0 and stage.stdout.endswith(
-        'train: the demo images are not here: run `dvc pull data`\n')
+    assert out.returncode != 0 and '`batch`' in out.stdout.splitlines()[-1]
 
 
 def alive(project):
@@ -249,41 +228,42 @@ def log(done):
     shutil.rmtree(done[0]/'runs/unfinished', ignore_errors=True)
 
 
-@pytest.mark.parametrize('how, processes', [(signal.SIGINT, 1), (signal.SIGKILL, 1), (signal.SIGKILL, 2)])
-def test_a_stopped_run_leaves_nothing_half_done(done, log, how, processes):
-    project, _ = done
+def stopped(project, log, stop):
+    "A run that is stopped, by whatever, leaves no process and nothing half done"
     known = lambda: yaml.safe_load((project/'dvc.lock').read_text())['stages']['train@semmae']
-    before = known()
-    set_param(project, 'epochs: 3', 'epochs: 3000')
-    set_param(project, 'processes: 1', f'processes: {processes}')
-    run = start(project, log)
-    if how == signal.SIGINT:
-        os.killpg(run.pid, how)  # Ctrl-C reaches the whole foreground group
-    else:
-        run.send_signal(how)
+    before, run = known(), start(project, log)
+    stop(run.pid)
     run.wait(60)
     wait_for(lambda: not alive(project))
     assert known() == before
     assert not [f for f in RESULTS if f.startswith('runs/train/semmae/') and (project/f).exists()]
 
 
-# of the same run DVC would remember the result
-@pytest.mark.parametrize('flag, epochs', [('', 20), ('-f', 21)])
-def test_an_interrupted_stage_goes_on_or_starts_afresh(done, log, flag, epochs):
+def test_a_killed_run_leaves_nothing(done, log):
     project, _ = done
-    set_param(project, 'epochs: 3', f'epochs: {epochs}')
-    start(project, log).kill()
-    wait_for(lambda: not alive(project))
-    out = sh(project, f'dvc repro -s {flag} train@semmae').stdout
-    assert (f'epoch 1/{epochs}' in out) == bool(flag) and f'epoch {epochs}/{epochs}' in out
-    assert not list((project/'runs/unfinished').iterdir())
+    set_param(project, 'epochs: 3', 'epochs: 3000')
+    set_param(project, 'processes: 1', 'processes: 2')
+    stopped(project, log, lambda pid: os.kill(pid, signal.SIGKILL))
+
+
+def test_an_interrupted_stage_goes_on_or_starts_afresh(done, log):
+    "Ctrl-C reaches the whole foreground group"
+    project, _ = done
+    set_param(project, 'epochs: 3', 'epochs: 40')
+    stopped(project, log, lambda pid: os.killpg(pid, signal.SIGINT))
+    state = project/'runs/unfinished/train-semmae.pt'
+    kept = state.read_bytes()
+    for flag, first in (('', False), ('-f', True)):
+        state.write_bytes(kept)
+        out = sh(project, f'dvc repro -s {flag} train@semmae').stdout
+        assert ('epoch 1/40' in out) == first and 'epoch 40/40' in out
+        assert not list(state.parent.iterdir())
 
 
 def training_stages(root):
     "What each of two processes runs below"
-    for stage, *entry in ((teacher_stage,), (train_stage, 'semmae'), (train_stage, 'inter'),
-                          (finetune_stage, 'semmae'), (segment_stage, 'semmae')):
-        stage(root, 'smoke', *entry)
+    for stage in teacher_stage, train_stage, finetune_stage, segment_stage:
+        stage(root, 'smoke')
         torch.distributed.barrier()
 
 
@@ -291,13 +271,12 @@ def test_several_processes(done, monkeypatch):
     "The stages that train do in two processes what they do in one"
     project, _ = done
     found = lambda: {f: json.loads((project/f'runs/metrics/{f}.json').read_text())
-                     for f in ('teacher', 'train/semmae', 'train/inter', 'finetune/semmae',
-                               'segment/semmae')}
+                     for f in ('teacher', 'train/semmae', 'finetune/semmae', 'segment/semmae')}
     before = found()
     for f in before:
         (project/f'runs/metrics/{f}.json').unlink()
     monkeypatch.setenv('PYTHONPATH', f'{project}:{Path(__file__).parent}')
     launch(training_stages, str(project), processes=2)
     after = found()
-    for f in 'train/semmae', 'train/inter', 'finetune/semmae':  # pairs are mixed within a process
+    for f in 'train/semmae', 'finetune/semmae':  # pairs are mixed within a process
         assert abs(after[f]['loss'] - before[f]['loss']) < .01

@@ -10,13 +10,13 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from conftest import ROOT
 from execnb.nbio import read_nb
 
 from semmae.core import read_json
 from semmae.pipeline.code import stale_modules
 from semmae.train import imported
 
-ROOT = Path(__file__).parent.parent
 STAGES = sorted(ROOT.glob('nbs/pipeline/*.ipynb'))
 name = lambda p: str(p.relative_to(ROOT))
 

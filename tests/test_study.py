@@ -2,11 +2,10 @@
 import json
 
 import pytest
-import torch
 import yaml
-from PIL import Image
+from conftest import make_photos
 
-from semmae.core import SemmaeError, generator
+from semmae.core import SemmaeError
 from semmae.pipeline.study import ahead, by_seed, key_of, read_rows, read_study, rows_of, run_study, score_of
 
 PROFILE = dict(seed=0, processes=1, data=dict(source='photos', size=[16, 16]), teacher=None,
@@ -22,11 +21,7 @@ ABLATIONS = dict(random={}, inter=dict(pretrain=dict(masking=dict(name='inter'))
 
 @pytest.fixture
 def root(tmp_path):
-    for c in ('blue', 'red'):
-        (tmp_path/'photos'/c).mkdir(parents=True)
-        for i, few in enumerate(torch.randint(100, (20, 4, 4, 3), generator=generator(c), dtype=torch.uint8)):
-            few[..., 0 if c == 'red' else 2] += 150
-            Image.fromarray(few.numpy()).resize((16, 16)).save(tmp_path/'photos'/c/f'{i}.png')
+    make_photos(tmp_path/'photos')
     return tmp_path
 
 

@@ -2,13 +2,14 @@
 import pytest
 import timm
 import torch
+from conftest import random_images
 from safetensors.torch import save_file
 
-from semmae.core import SemmaeError, generator
+from semmae.core import SemmaeError
 from semmae.images import normalize
 from semmae.vit import load_encoder, block_output, block_outputs, make_encoder, open_encoder, save_encoder
 
-IMAGES = torch.randint(0, 256, (3, 3, 48, 32), dtype=torch.uint8, generator=generator('images'))
+IMAGES = random_images(3, 48, 32)
 KINDS = [dict(), dict(reg_tokens=3), dict(class_token=False, global_pool='avg'),
          dict(class_token=False, global_pool='avg', reg_tokens=2), dict(no_embed_class=True),
          dict(qk_norm=True)]
@@ -16,11 +17,6 @@ KINDS = [dict(), dict(reg_tokens=3), dict(class_token=False, global_pool='avg'),
 
 def fresh(**kw):
     return make_encoder(image=(48, 32), patch_size=8, embed_dim=48, depth=3, num_heads=3, **kw).eval()
-
-
-@pytest.fixture(autouse=True)
-def float32(monkeypatch):
-    monkeypatch.setattr('semmae.vit.autocast', lambda device: torch.autocast('cpu', enabled=False))
 
 
 @pytest.mark.parametrize('kw', KINDS, ids=str)
@@ -77,42 +73,36 @@ def test_our_own_opens_at_another_size(tmp_path):
                 IMAGES).patches.shape == (3, 12, 8, 48)
 
 
-@pytest.mark.parametrize('kw, says', [
-    (dict(), '`teacher` does not say which model it is: set `teacher.name`'),
-    (dict(name='vit_tinny'), "'vit_tinny': .*`teacher.name`"),
-    (dict(name='vit_small_patch16_224', weights='e.safetensors'),
-     'e.safetensors holds a vit_tiny_patch16_224, no vit_small_patch16_224: correct `teacher.name`'),
-    (dict(name='vit_small_patch16_224', weights='none.pth'), 'there is no .*none.pth'),
-    (dict(weights='e.safetensors', image=(50, 50)), 'images of 50×50 cannot be cut into patches of 8'),
-    (dict(weights='e.safetensors', image=(4, 4)), 'images of 4×4 cannot be cut'),
-    (dict(weights='plain.safetensors'),
-     'plain.safetensors does not say which model it is: set `teacher.name`'),
-    (dict(weights='plain.safetensors', name='vit_tiny_patch16_224'),
-     'plain.safetensors does not fit vit_tiny_patch16_224 .its patches are of 8, .*set `teacher.name`'),
-    (dict(name='vit_tiny_patch16_224', weights='other.safetensors'),
-     'other.safetensors does not fit vit_tiny_patch16_224 .*set `teacher.name`'),
-    (dict(name='resnet18'), "no plain VisionTransformer 'resnet18': .*`teacher.name`")])
-def test_a_mistake_is_one_sentence(tmp_path, kw, says):
+@pytest.mark.parametrize('kw, named', [
+    (dict(), 'teacher.name'),
+    (dict(name='vit_tinny', weights='e.safetensors'), 'vit_tinny'),
+    (dict(name='vit_small_patch16_224', weights='e.safetensors'), 'e.safetensors'),
+    (dict(name='vit_small_patch16_224', weights='none.pth'), 'none.pth'),
+    (dict(weights='e.safetensors', image=(50, 50)), '50×50'),
+    (dict(weights='plain.safetensors'), 'plain.safetensors'),
+    (dict(weights='plain.safetensors', name='vit_tiny_patch16_224'), 'plain.safetensors'),
+    (dict(name='vit_tiny_patch16_224', weights='other.safetensors'), 'other.safetensors'),
+    (dict(name='resnet18'), 'resnet18')])
+def test_what_is_wrong_is_named(tmp_path, kw, named):
     save_encoder(fresh(), tmp_path/'e.safetensors')
     save_file(fresh().state_dict(), tmp_path/'plain.safetensors')
     save_file({'weight': torch.zeros(3)}, tmp_path/'other.safetensors')
     if 'weights' in kw:
         kw = kw | dict(weights=tmp_path/kw['weights'])
-    with pytest.raises(SemmaeError, match=says):
+    with pytest.raises(SemmaeError, match=named):
         open_encoder(**kw)
 
 
-@pytest.mark.parametrize('name', ['vit_base_patch16_rpn_224', 'vit_small_patch16_18x2_224',
-                                  'vit_dwee_patch16_reg1_gap_256'])
+@pytest.mark.parametrize('name', ['vit_base_patch16_rpn_224', 'vit_dwee_patch16_reg1_gap_256'])
 def test_attention_of_another_kind_is_refused(name):
     "Rather than read as what it is not"
     vit = make_encoder(name, image=(32, 32), depth=1)
-    with pytest.raises(SemmaeError, match='cannot be read: choose another `teacher.name`'):
+    with pytest.raises(SemmaeError, match='teacher.name'):
         block_output(vit, IMAGES)
 
 
-def test_another_number_of_channels_is_one_sentence():
-    with pytest.raises(SemmaeError, match='`data.channels`'):
+def test_another_number_of_channels_is_named():
+    with pytest.raises(SemmaeError, match='data.channels'):
         block_output(fresh(channels=1), IMAGES)
 
 
@@ -122,14 +112,14 @@ def test_several_blocks_in_one_pass():
         assert all(torch.equal(a, b) for a, b in zip(seen, block_output(vit, IMAGES, block)))
 
 
-def test_no_network_is_one_sentence(monkeypatch):
+def test_a_model_that_no_network_brings_is_named(monkeypatch):
     def offline(*a, **kw):
         raise OSError('Name or service not known')
     monkeypatch.setattr('timm.create_model', offline)
-    with pytest.raises(SemmaeError, match='vit_tiny_patch16_224 .Name or service not known.: go online'):
+    with pytest.raises(SemmaeError, match='vit_tiny_patch16_224'):
         open_encoder('vit_tiny_patch16_224')
 
 
 def test_a_block_that_is_not_there():
-    with pytest.raises(SemmaeError, match='has 3 blocks: choose'):
+    with pytest.raises(SemmaeError, match='parts.block'):
         block_output(fresh(), IMAGES, 4)

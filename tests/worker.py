@@ -4,7 +4,7 @@ import os
 import resource
 import signal
 import sys
-from contextlib import nullcontext
+import time
 from pathlib import Path
 
 import torch
@@ -13,12 +13,14 @@ from PIL import Image
 from semmae.core import SemmaeError, generator, write_json
 from semmae.mae import MAE
 from semmae.sources import Source, Stream
-from semmae import finetune as tuning, pretrain as pretraining, teacher
 from semmae.teacher import distil
+from semmae.pipeline.processes import run_process
 from semmae.pretrain import pretrain
 from semmae.segment import segment
 from semmae.train import join, world
 from semmae.vit import make_encoder
+
+torch.cpu._is_avx512_bf16_supported = lambda: False  # the same numbers on every processor
 
 IMAGES = torch.randint(0, 256, (70, 3, 32, 32), dtype=torch.uint8, generator=generator('images'))
 STREAM = Stream(Source([f'{i}' for i in range(70)], ['train']*70,
@@ -31,11 +33,8 @@ class Stop(Exception):
     "The run ends here, as if it had been killed"
 
 
-def setting(folder, stop_after, float32):
+def setting(folder, stop_after=None):
     "A process of its own kind, alone or among others: where its state goes, and a log that ends it"
-    if float32:
-        # bfloat16 would hide the order of sums in its rounding
-        pretraining.autocast = tuning.autocast = teacher.autocast = lambda device: nullcontext()
     torch.set_num_threads(1)
     join(torch.device('cpu'))
     lines = []
@@ -53,10 +52,10 @@ def keep(folder, model, history):
     write_json(folder/'history.json', history)
 
 
-def work(folder, stop_after=None, float32=False, stream=False, heads=2, image=(32, 32), model={}, **options):
+def work(folder, stop_after=None, stream=False, heads=2, image=(32, 32), model={}, **options):
     "Train from whatever is in the folder; weights and losses go into it"
     folder = Path(folder)
-    here = setting(folder, stop_after, float32)
+    here = setting(folder, stop_after)
     mae = MAE(make_encoder(image=image, patch_size=8, embed_dim=32, depth=1, num_heads=heads),
               **dict(width=32, depth=1, heads=2) | model)
     settings = dict(masking=dict(name='blend', ratio=.75), epochs=4, batch=16, lr=1e-2, warmup_epochs=1)
@@ -66,10 +65,10 @@ def work(folder, stop_after=None, float32=False, stream=False, heads=2, image=(3
         pass
 
 
-def teach(folder, stop_after=None, float32=False, **options):
+def teach(folder, stop_after=None, **options):
     "The same with a teacher"
     folder = Path(folder)
-    here = setting(folder, stop_after, float32)
+    here = setting(folder, stop_after)
     encoder = make_encoder(image=(24, 24), patch_size=8, embed_dim=32, depth=1, num_heads=2)
     try:
         keep(folder, encoder, distil(encoder, IMAGES, **here | dict(
@@ -78,13 +77,18 @@ def teach(folder, stop_after=None, float32=False, **options):
         pass
 
 
-def tune(folder, stop_after=None, float32=False):
+def tune(folder):
     "The same with labels: the part of every cell"
-    folder = Path(folder)
-    here = setting(folder, stop_after, float32)
+    here = setting(folder)
     encoder = make_encoder(image=(32, 32), patch_size=8, embed_dim=32, depth=2, num_heads=2)
     options = dict(epochs=3, batch=16, lr=1e-2, warmup_epochs=1, drop_path=0)
     keep(folder, *segment(encoder, IMAGES, MAPS, **options, **here))
+
+
+def ranked(rank, n, port, target, folder, options):
+    "One of several processes, as torchrun starts them"
+    os.environ |= dict(RANK=f'{rank}', WORLD_SIZE=f'{n}', MASTER_ADDR='127.0.0.1', MASTER_PORT=f'{port}')
+    target(folder, **options)
 
 
 def cramped(folder, size):
@@ -108,10 +112,20 @@ def starved(folder, room):
         (Path(folder)/'error').write_text(str(e))
 
 
+def parent(folder):
+    "A process whose child is one of two that train, and writes its id once it does"
+    def train(*args):
+        (Path(folder)/'child').write_text(str(os.getpid()))
+        time.sleep(60)
+    if os.fork() == 0:
+        os.environ['WORLD_SIZE'] = '2'
+        run_process(train)
+    time.sleep(60)
+
+
 def killed():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == '__main__':
-    options = json.loads(sys.argv[2])
-    globals()[options.pop('what', 'work')](sys.argv[1], **options)
+    work(sys.argv[1], **json.loads(sys.argv[2]))
