@@ -40,5 +40,6 @@ def make_guide(cfg, encoder, train, root='.'): # the encoder to look through, an
     "Make what a masking looks at, (N,h,w)"
     if guide_kind(cfg) == 'scores':
         return torch.cat([seen.attention.mean(1) for seen, in batched_outputs(encoder, train.images, [None])])
-    maps = make_parts(dict(train=train), encoder=encoder, root=root, seed=cfg['seed'], **cfg['parts'])['train']
+    splits = dict(train=train)
+    maps = make_parts(splits, encoder=encoder, root=root, seed=cfg['seed'], **cfg['parts'])['train']
     return (maps if torch.is_tensor(maps) else torch.cat(list(maps))).to(train.images.device)
