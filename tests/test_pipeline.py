@@ -16,6 +16,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 
 from semmae.core import SemmaeError, file_hash
 from semmae.pipeline.code import write_code
+from semmae.pipeline.processes import launch
 from semmae.pipeline.teacher import teacher_stage
 from semmae.pipeline.train import train_stage
 from semmae.pipeline.tune import finetune_stage, segment_stage
