@@ -13,7 +13,7 @@ from semmae.learn import (mutual_information, label_shares, learn_parts, load_le
                           paste, neighbour_information, take_views)
 from semmae.paper import PartTokens, StyleDecoder, alike, standard_tokens, learn_paper_parts
 from semmae.parts import batched_outputs, score_parts
-from semmae.pipeline.guide import make_parts
+from semmae.pipeline.maps import make_parts
 from semmae.sources import load_images
 
 

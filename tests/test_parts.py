@@ -15,7 +15,7 @@ from semmae.core import SemmaeError, generator
 from semmae.images import FIT, ImageSet, read_maps, resized_parts, write_maps
 from semmae.parts import (SOURCES, foreground_iou, matching, open_parts, part_source, read_cub,
                           score_keypoints, score_parts)
-from semmae.pipeline.guide import make_parts
+from semmae.pipeline.maps import make_parts
 from semmae.pipeline.parts import called_iou, closest, control, hardest, judge_parts, regions
 from semmae.pipeline.report import few_maps
 from semmae.sources import load_images
