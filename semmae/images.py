@@ -39,11 +39,11 @@ class ImageSet:
 # %% ../nbs/01_images.ipynb #8aa1e006
 FIT = 1500 # images that parts are learned on
 
-def some_images(images, seed):
-    "Return at most `FIT` of the images, drawn by a seed, as a tensor"
-    if torch.is_tensor(images) and len(images) <= FIT:
+def some_images(images, seed, most=FIT):
+    "Return at most so many of the images, drawn by a seed, as a tensor"
+    if torch.is_tensor(images) and len(images) <= most:
         return images
-    return images[torch.randperm(len(images), generator=generator(seed, 'fit'))[:FIT].sort().values]
+    return images[torch.randperm(len(images), generator=generator(seed, 'fit'))[:most].sort().values]
 
 # %% ../nbs/01_images.ipynb #f48c8cff
 def few_labels(classes, share: Share, seed=0, names=None): # (N,), and what they are called

@@ -1,108 +1,129 @@
-"Counts and information against brute force and scikit-learn, planted parts, files against mistakes."
+"How parts are found against brute force and scikit-learn, planted parts, files against mistakes."
+import numpy as np
 import pytest
 import torch
 from conftest import painted, placeless_encoder, small_encoder
 from hypothesis import given, settings, strategies as st
 from PIL import Image
-from sklearn.metrics import mutual_info_score
+from scipy.ndimage import label as pieces
+from sklearn.cluster import AgglomerativeClustering, KMeans
+from sklearn.linear_model import Ridge
+from sklearn.metrics import adjusted_rand_score
 from torch.nn import functional as F
 
 from semmae.core import SemmaeError, generator
 from semmae.images import ImageSet
-from semmae.learn import (mutual_information, label_shares, learn_parts, load_learned, neighbours, new_nets,
-                          paste, neighbour_information, take_views)
+from semmae.learn import (FIT, cluster_parts, clusters, connected_clusters, describe, foreground_score, learn_parts,
+                          load_learned, ridge, spread, telling_directions)
 from semmae.paper import PartTokens, StyleDecoder, alike, standard_tokens, learn_paper_parts
 from semmae.parts import batched_outputs, score_parts
 from semmae.pipeline.maps import make_parts
+from semmae.pipeline.parts import called_iou
 from semmae.sources import load_images
 
 
-def front_of(seed, n=3, h=5, w=6):
-    return torch.rand(n, h, w, generator=generator('front', seed)) < .6
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=generator('draw', seed))
+
+
+def test_cells_are_described_by_tokens_place_and_colour():
+    images = torch.zeros(2, 3, 8, 12, dtype=torch.uint8)
+    images[0, 1, :4, :4] = 255
+    x = describe(images, F.normalize(draw(2, 2, 3, 4, 5), dim=4), place=3, colour=7)
+    assert x.shape == (2, 2, 3, 4*5 + 2 + 3)
+    assert torch.allclose(x[..., :20].norm(dim=3), torch.ones(2, 2, 3)), 'many blocks count as one'
+    assert torch.equal(x[1, 1, 2, 20:], torch.tensor([3*1/2, 3*2/3, 0, 0, 0]))
+    assert x[0, 0, 0, 22:].tolist() == [0, 7, 0]
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 10**6))
+def test_spreading_is_the_sum_of_all_steps(seed):
+    values, cells = draw(2, 3, 4, 2, seed=seed).double(), draw(2, 3, 4, 5, seed=seed + 1).double()/3
+    for b in range(2):
+        flat = cells[b].flatten(0, 1)
+        near = torch.stack([torch.stack([(-(p - q).square().sum()/.5).exp() for q in flat]) for p in flat])
+        step, out, now = near/near.sum(1, keepdim=True), 0, values[b].flatten(0, 1)
+        for k in range(300):
+            out, now = out + .15*.85**k*now, step @ now
+        assert torch.allclose(spread(values, cells)[b].flatten(0, 1), out)
+
+
+def test_what_spreads_stays_in_its_image_and_what_is_constant_stays():
+    values, cells = draw(3, 4, 4, 1), draw(3, 4, 4, 5)
+    changed = values.clone()
+    changed[1] = 9
+    one, other = spread(values, cells), spread(changed, cells)
+    assert torch.allclose(one[[0, 2]], other[[0, 2]]) and torch.allclose(other[1], torch.tensor(9.))
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 10**6))
+def test_the_direction_is_scikit_learns(seed):
+    x, y = draw(4, 3, 3, 6, seed=seed).double(), draw(4, 3, 3, seed=seed + 1).double()
+    flat = x.flatten(0, 2)
+    penalty = .01*flat.var(0, correction=0).mean().item()*len(flat)
+    peer = Ridge(penalty).fit(flat.numpy(), y.flatten().numpy())
+    assert np.allclose(ridge(x, y).numpy(), peer.coef_)
+
+
+def test_scores_are_measured_against_the_border_of_their_image():
+    t, cells = F.normalize(draw(3, 6, 6, 2, 4), dim=4), draw(3, 6, 6, 5)
+    direction = draw(8)
+    score = foreground_score(direction, t, cells)
+    edge = torch.ones(6, 6, dtype=torch.bool)
+    edge[1:-1, 1:-1] = False
+    assert torch.allclose(score[:, edge].mean(1), torch.zeros(3), atol=1e-4)
+    assert torch.allclose(score.flatten(1).quantile(.9, 1), torch.ones(3), atol=1e-4)
+    assert torch.allclose(foreground_score(7*direction, t, cells), score, atol=1e-4), 'no scale of its own'
+
+
+def test_what_differs_between_images_does_not_tell_parts_apart():
+    x, maps = draw(20, 4, 4, 6), torch.randint(0, 4, (20, 4, 4), generator=generator(1))
+    apart = x + 9*draw(20, 1, 1, 6, seed=2)
+    maps[3] = 0  # an image without a foreground
+    telling = telling_directions(x, maps, 3)
+    assert torch.allclose(telling @ telling.mT, telling_directions(apart, maps, 3) @ telling_directions(apart, maps, 3).mT,
+                          rtol=.02, atol=1e-3)
+    moved = torch.where(maps[..., None] == 0, 5., x)
+    assert torch.allclose(telling @ telling.mT, telling_directions(moved, maps, 3) @ telling_directions(moved, maps, 3).mT,
+                          rtol=.02, atol=1e-3), 'what is no part does not count'
+
+
+def same_cells(one, other):
+    return adjusted_rand_score(np.ravel(one), np.ravel(other)) == pytest.approx(1)
 
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 10**6), st.integers(2, 6))
-def test_information_is_sklearns(seed, n):
-    met = torch.randint(1, 50, (n, n), generator=generator(seed)).double()
-    assert mutual_information(met).item() == pytest.approx(
-        mutual_info_score(None, None, contingency=(met + met.mT).long().numpy()), abs=1e-4)
-    assert mutual_information(7*met).item() == pytest.approx(mutual_information(met).item(), abs=1e-6), (
-        'how many were counted does not matter')
+def test_clusters_are_scikit_learns_and_count_from_the_top(seed, n):
+    x, front = draw(6, 7, 3, seed=seed).numpy(), draw(6, 7, seed=seed + 1).numpy() > -.5
+    found = clusters(x, front, n, n)
+    assert (found > 0).tolist() == front.tolist() and found.max() == n
+    assert same_cells(found[front], AgglomerativeClustering(n).fit(x[front]).labels_)
+    heights = [np.nonzero(found == k)[0].mean() for k in range(1, n + 1)]
+    assert heights == sorted(heights)
 
 
-@settings(deadline=None, max_examples=30)
-@given(st.integers(0, 10**6), st.integers(-3, 3), st.integers(-3, 3))
-def test_neighbours_are_those_of_the_foreground(seed, dy, dx):
-    front = front_of(seed)
-    brute = {(b, y*6 + x, (y + dy)*6 + x + dx) for b in range(3) for y in range(5) for x in range(6)
-             if 0 <= y + dy < 5 and 0 <= x + dx < 6 and front[b, y, x] and front[b, y + dy, x + dx]}
-    assert set(zip(*(v.tolist() for v in neighbours(front, dy, dx)))) == brute
+def test_an_image_has_as_many_parts_as_leave_none_with_most_of_it():
+    x, front = np.zeros((4, 10, 1)), np.ones((4, 10), bool)
+    x[0, 0], x[0, 1] = 100, 50       # two odd cells, then two halves
+    x[2:] = 1
+    assert [clusters(x, front, least, 6).max() for least in (1, 2, 3, 4, 5)] == [4, 4, 4, 4, 4], (
+        'and no more than differ')
+    assert clusters(x, front, 1, 3).max() == 3 and clusters(x, front, 1, 1).max() == 1
+    few = np.zeros((4, 10), bool)
+    assert clusters(x, few, 2, 6).max() == 0
+    few[1, 1] = True
+    assert clusters(x, few, 2, 6).sum() == 1
 
 
-@pytest.mark.parametrize('across', [0, .3, 1])
-def test_what_is_told_is_told_over_all_images_and_within_each(across):
-    front, one, other = front_of(0), *torch.randn(2, 3, 30, 4, generator=generator(1))
-    nets = new_nets(2, 4, 3, generator(2))
-    met = torch.zeros(2, 3, 3, 3)  # net, image, label, label
-    for b, i, j in zip(*neighbours(front, 1, -1)):
-        p, q = (label_shares(nets, x[None])[:, 0] for x in (one[b, i], other[b, j]))
-        met[:, b] += p[:, :, None]*q[:, None]
-    for k in range(2):
-        each = sum(mutual_information(met[k, b]) for b in range(3))/3
-        assert neighbour_information(nets, one, other, front, (1, -1), across)[k] == pytest.approx(
-            (across*mutual_information(met[k].sum(0)) + (1 - across)*each).item(), abs=1e-5)
-
-
-def test_an_image_without_a_pair_does_not_count():
-    front = front_of(3)
-    nets, x = new_nets(2, 4, 3, generator(2)), torch.randn(3, 30, 4, generator=generator(1))
-    lone = torch.cat([front, torch.zeros(1, 5, 6, dtype=torch.bool)])
-    more = torch.cat([x, x[:1]])
-    assert torch.allclose(neighbour_information(nets, x, x, front, (0, 1), .5),
-                          neighbour_information(nets, more, more, lone, (0, 1), .5))
-
-
-def test_a_step_without_a_pair_teaches_nothing_and_does_no_harm():
-    nets = {k: v.requires_grad_() for k, v in new_nets(2, 4, 3, generator(2)).items()}
-    x, front = torch.randn(3, 30, 4, generator=generator(1)), torch.zeros(3, 5, 6, dtype=torch.bool)
-    front[:, 2, 2] = True  # and no neighbour
-    some = neighbour_information(nets, x, x, front, (0, 1), .5)
-    some.sum().backward()
-    assert some.isfinite().all() and all(v.grad is None or v.grad.isfinite().all() for v in nets.values())
-
-
-def test_of_many_pairs_every_so_manieth_is_looked_at():
-    front, nets, x = (torch.ones(3, 5, 6, dtype=torch.bool), new_nets(2, 4, 3, generator(2)),
-                      torch.randn(3, 30, 4, generator=generator(1)))
-    b, i, j = (v[::4] for v in neighbours(front, 0, 1))  # of 75, at most 24
-    met = torch.zeros(2, 3, 9).index_add(
-        1, b, (label_shares(nets, x[b, i])[..., None]*label_shares(nets, x[b, j])[..., None, :]).flatten(2)
-    ).unflatten(2, (3, 3))
-    found = neighbour_information(nets, x, x, front, (0, 1), 1, most=24)
-    assert torch.allclose(found, mutual_information(met.sum(1)), atol=1e-5)
-
-
-def test_pasting_keeps_the_foreground_and_no_background():
-    images = (torch.arange(6)[:, None, None, None]*40).expand(6, 3, 32, 32).to(torch.uint8).clone()
-    front = torch.zeros(6, 8, 8, dtype=torch.bool)
-    front[:, 3:6, 2:6] = True
-    images[:, :, 12:24, 8:24] = 255
-    out = paste(images, front, generator(0))
-    assert (out[:, :, 14:22, 10:22] == 255).all()
-    corner = out[:, 0, 0, 0]
-    assert (sorted(corner.tolist()) == sorted(images[:, 0, 0, 0].tolist())
-            and (corner != images[:, 0, 0, 0]).all())
-
-
-def test_what_stood_on_a_background_is_painted_over_with_its_colours():
-    images, front = (torch.tensor([40, 160], dtype=torch.uint8)[:, None, None, None].repeat(1, 3, 32, 32),
-                     torch.zeros(2, 8, 8, dtype=torch.bool))
-    front[0, 1:7, :3] = front[1, 1:7, 5:] = True
-    up = front[:, None].repeat_interleave(4, 2).repeat_interleave(4, 3).expand_as(images)
-    images[up] = 255
-    out = paste(images, front, generator(0))
-    assert (out[0, :, 8:24, 24:28] == 160).all() and (out[1, :, 8:24, 4:8] == 40).all()
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 10**6), st.integers(2, 5))
+def test_connected_clusters_are_in_one_piece(seed, n):
+    found = connected_clusters(draw(6, 7, 3, seed=seed).numpy(), np.ones((6, 7), bool), n)
+    assert np.unique(found).tolist() == [*range(1, n + 1)]
+    assert all(pieces(found == k)[1] == 1 for k in range(1, n + 1))
 
 
 TRUTH = torch.zeros(40, 8, 8, dtype=torch.long)  # a thing of three parts in every image
@@ -112,36 +133,51 @@ for k in range(40):
         TRUTH[k, y + part*5//3:y + (part + 1)*5//3, x:x + 4] = part + 1
 
 
+
 @pytest.fixture
 def planted():
     return placeless_encoder((16, 16), depth=1), painted(TRUTH)
 
 
-def test_planted_parts_are_found(planted):
+def test_planted_parts_are_found_and_so_is_what_they_lie_in(planted):
     encoder, images = planted
-    parts = learn_parts(images[:30], encoder, n_parts=4, steps=50, share=.3)
-    scores = score_parts(parts.predict(images[30:]), TRUTH[30:])
-    assert scores['fg_nmi'] > .8 and scores['fg_iou'] > .9
+    maps = learn_parts(images[:30], encoder, n_parts=6, share=.3).predict(images[30:])
+    scores = score_parts(maps, TRUTH[30:])
+    assert scores['fg_nmi'] > .9 and scores['mbo'] > .9 and called_iou(maps, TRUTH[30:]).mean() > .9
 
 
-def test_a_mirrored_view_lies_where_the_image_does(planted):
-    encoder, images = planted
-    views = take_views(images[:30], encoder, pastes=0, share=.3)[2]
-    assert len(views) == 2 and torch.allclose(views[0], views[1], atol=.02)
+def test_the_image_decides_how_much_of_it_is_foreground():
+    truth = torch.zeros(40, 8, 8, dtype=torch.long)
+    truth[:20, 3:6, 3:6] = 1
+    truth[20:, 1:7, 1:7] = 1
+    share = (truth > 0).float().mean().item()
+    maps = learn_parts(painted(truth), placeless_encoder((16, 16), depth=1), share=share).predict(painted(truth))
+    small, large = called_iou(maps, truth).unflatten(0, (2, 20)).mean(1)
+    assert small > .8 and large > .8
 
 
 def test_two_parts_are_foreground_and_background(planted):
     encoder, images = planted
-    maps = learn_parts(images[:30], encoder, n_parts=2, pastes=0, steps=5, share=.3).predict(images[30:])
+    maps = learn_parts(images[:30], encoder, n_parts=2, share=.3).predict(images[30:])
     assert ((maps == 1) == (TRUTH[30:] > 0)).float().mean() > .95 and maps.max() == 1
 
 
-def test_a_collapse_is_said(planted):
-    "Where one part is nearly all there is"
-    truth = (TRUTH[:30] > 0).long()
-    truth[:3, 3, 3] = 2
-    with pytest.raises(SemmaeError, match='parts.n_parts'):
-        learn_parts(painted(truth, noise=0), planted[0], n_parts=3, pastes=0, steps=5, share=.3)
+@pytest.mark.parametrize('by', ['place', 'k_means', 'ward'])
+def test_other_cuts_are_of_the_same_foreground(planted, by):
+    encoder, images = planted
+    one = learn_parts(images[:30], encoder, n_parts=4, share=.3).predict(images[30:])
+    other = cluster_parts(images[:30], encoder, 4, by, share=.3).predict(images[30:])
+    assert torch.equal(one > 0, other > 0) and other.max() == 3
+    score = score_parts(other, TRUTH[30:])['fg_nmi']
+    assert score > .9 if by != 'place' else score < .9
+
+
+def test_place_alone_cuts_by_nothing_else(planted):
+    encoder, images = planted
+    for labels in cluster_parts(images[:30], encoder, 4, 'place', share=.3).predict(images[30:]):
+        cells = (labels > 0).nonzero().numpy()
+        peer = KMeans(3, n_init=4, random_state=0).fit(cells/8).labels_
+        assert same_cells(labels[labels > 0], peer)
 
 
 def test_a_stream_teaches_what_its_images_do(tmp_path):
@@ -152,24 +188,32 @@ def test_a_stream_teaches_what_its_images_do(tmp_path):
     encoder = small_encoder(image=(16, 16), patch_size=4)
     images, stream = (load_images(tmp_path, ['train'], size=(16, 16), stream=s)[0].images
                       for s in (False, True))
-    one, other = (learn_parts(x, encoder, n_parts=3, steps=5) for x in (images, stream))
+    one, other = (learn_parts(x, encoder, n_parts=3) for x in (images, stream))
     assert (all(torch.equal(one.state[k], other.state[k]) for k in one.state)
             and torch.equal(one.predict(images), other.predict(images)))
 
 
-def test_the_same_seed_learns_the_same(planted):
+def test_the_seed_draws_the_images_that_are_learned_from(planted):
     encoder, images = planted
-    one, again, other = (learn_parts(images, encoder, n_parts=4, pastes=0, steps=3, share=.3, seed=s).state
-                         for s in (0, 0, 1))
-    assert all(torch.equal(one[k], again[k]) for k in one) and not torch.equal(one['w1'], other['w1'])
+    many = images.repeat(FIT//len(images) + 1, 1, 1, 1)
+    one, again, other = (learn_parts(many, encoder, n_parts=4, share=.3, seed=s).state for s in (0, 0, 1))
+    assert all(torch.equal(one[k], again[k]) for k in one)
+    assert not torch.equal(one['direction'], other['direction'])
+
+
+def test_an_image_is_labelled_alike_in_whatever_company(planted):
+    encoder, images = planted
+    parts = learn_parts(images[:30], encoder, n_parts=4, share=.3)
+    alone = torch.cat([parts.predict(images[k:k + 1]) for k in range(10)])
+    assert torch.equal(alone, parts.predict(images[:10]))
 
 
 def test_learned_parts_come_back_from_their_file_and_from_no_other(planted, tmp_path):
     encoder, images = placeless_encoder((16, 16), depth=4), planted[1]
-    parts = learn_parts(images, encoder, n_parts=4, pastes=0, steps=3, share=.3)
+    parts = learn_parts(images, encoder, n_parts=4, share=.3)
     parts.save(tmp_path/'parts.safetensors')
     back = load_learned(tmp_path/'parts.safetensors', encoder)
-    assert back.blocks == [2, 3, 4] and torch.equal(back.predict(images), parts.predict(images))
+    assert (back.blocks, back.n_parts) == ([2, 3, 4], 4) and torch.equal(back.predict(images), parts.predict(images))
     (tmp_path/'broken.safetensors').write_bytes((tmp_path/'parts.safetensors').read_bytes()[:-9])
     for file, vit in (('broken', encoder), ('none', encoder), ('parts', small_encoder())):
         with pytest.raises(SemmaeError, match=f'{file}.safetensors'):
@@ -178,11 +222,20 @@ def test_learned_parts_come_back_from_their_file_and_from_no_other(planted, tmp_
 
 def test_a_profile_may_ask_for_them(planted):
     encoder, images = planted
-    maps = make_parts(dict(train=ImageSet(images), test=ImageSet(images[:8])), 'learned', encoder,
-                      n_parts=4, pastes=0, steps=3, share=.3, block=2)
-    assert torch.cat(list(maps['test'])).shape == (8, 8, 8)
-    with pytest.raises(SemmaeError, match='parts.n_parts'):
-        make_parts(dict(train=ImageSet(images)), 'learned', encoder, n_parts=65)
+    splits = dict(train=ImageSet(images), test=ImageSet(images[:8]))
+    for source in (dict(source='learned'), dict(source='clusters', by='place')):
+        maps = make_parts(splits, encoder=encoder, n_parts=4, share=.3, block=2, **source)
+        assert torch.cat(list(maps['test'])).shape == (8, 8, 8)
+        with pytest.raises(SemmaeError, match='parts.n_parts'):
+            make_parts(splits, encoder=encoder, n_parts=65, **source)
+
+
+def test_weights_that_are_not_finite_are_named(planted):
+    encoder, images = planted
+    with torch.no_grad():
+        encoder.norm.weight.fill_(float('nan'))
+    with pytest.raises(SemmaeError, match='not finite'):
+        learn_parts(images, encoder)
 
 
 # the paper's way
