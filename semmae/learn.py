@@ -18,7 +18,7 @@ from sklearn.cluster import AgglomerativeClustering, KMeans
 from sklearn.feature_extraction.image import grid_to_graph
 from torch.nn import functional as F
 
-from .core import Inner, Layers, Parts, check, generator
+from .core import Inner, Layers, Parts, check
 from .images import some_images
 from .parts import NOT_FINITE, PartSource, batched_outputs, part_source
 from .vit import border, check_parts, encoder_key, read_weights, write_weights
@@ -30,8 +30,8 @@ def tokens(outputs):
 
 def describe(images, t, place=2, colour=6): # (B,C,H,W) bytes, (B,h,w,blocks,D); what they weigh
     "Describe cells by their tokens, place and colour, (B,h,w,D)"
-    (h, w), kind = t.shape[1:3], dict(device=t.device)
-    places = torch.stack(torch.meshgrid(torch.arange(h, **kind)/h, torch.arange(w, **kind)/w, indexing='ij'), 2)
+    h, w = t.shape[1:3]
+    places = torch.stack(torch.meshgrid(torch.arange(h)/h, torch.arange(w)/w, indexing='ij'), 2).to(t)
     colours = F.adaptive_avg_pool2d(images.float()/255, (h, w)).movedim(1, 3)
     of_length_1 = (t/t.shape[3]**.5).flatten(3)
     return torch.cat([of_length_1, place*places.expand(len(t), -1, -1, -1), colour*colours], 3)

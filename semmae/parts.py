@@ -49,10 +49,11 @@ def score_images(pred, true): # (N,h,w) labels; (N,H,W) true parts, 0 is none
     shares = held/held.sum(1, keepdim=True).clamp(min=1)
     none = dict(nmi=math.nan, ari=math.nan)
     told = [agreement(p[t > 0], t[t > 0]) if k > 1 else none for p, t, k in zip(pred, true, there.sum(1))]
-    scores = {f'fg_{k}': torch.tensor([v[k] for v in told]) for k in none}
+    scores = {f'fg_{k}': torch.tensor([v[k] for v in told]).double() for k in none}
     scores['mbo'] = (iou.amax(1)[:, 1:]*there).sum(1)/there.sum(1)
     labels, one = (-torch.special.xlogy(shares, shares).sum(1)).exp(), (shares.amax(1) >= .8).double()
-    return scores | {k: torch.where(there.sum(1) > 1, v, math.nan) for k, v in dict(labels=labels, one_label=one).items()}
+    several = dict(labels=labels, one_label=one)
+    return scores | {k: torch.where(there.sum(1) > 1, v, math.nan) for k, v in several.items()}
 
 # %% ../nbs/10_parts.ipynb #6634f504
 def meetings(pred, true, n_pred, n_true): # labels of the same cells

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from .speed import make_ours, open_facebook, open_hugging, write_folder
 from ..core import check, generator, read_json, write_json
-from ..images import FIT, normalize
-from ..learn import learn_parts
+from ..images import normalize
+from ..learn import FIT, learn_parts
 from ..masking import n_hidden, random
 from ..pipeline.stages import best_device, device_name
 from ..pretrain import Batches, MaskLearner, pretrain
@@ -231,11 +231,11 @@ def measure_small(device, model, n_images, batch, runs): # modes of torch.compil
                  **by_epoch(partial(run, mode, epochs))) for mode, epochs in runs.items()]
 
 # %% ../../nbs/bench/gpu.ipynb #9e17924c
-def measure_parts(device, model, n_images, steps=300):
+def measure_parts(device, model, n_images):
     "Measure how parts are learned and predicted"
     images = pictures(n_images, model['image'])[0].to(device)
     encoder, parts = make_ours(model).encoder.requires_grad_(False), []
-    learning = timed(lambda _: parts.append(learn_parts(images, encoder, steps=steps)), 1, device)[0]
+    learning = timed(lambda _: parts.append(learn_parts(images, encoder)), 1, device)[0]
     predicting = timed(lambda _: parts[0].predict(images), 1, device)[0]
     return [dict(contender='learning parts', images=min(FIT, n_images), seconds=learning),
             dict(contender='predicting parts', images=n_images, seconds=predicting)]
@@ -280,7 +280,7 @@ TOY = {'ViT-B/16': (measure_model, FEW | dict(modes=[None, 'default'], across=[N
        'profile': (measure_profile, dict(model=TINY, batch=4, mode=None, n=2)),
        'data': (measure_data, dict(model=TINY, batch=4, mode=None, size=48, n_images=40, rounds=3, n=2)),
        'small': (measure_small, dict(model=TINY, n_images=64, batch=16, runs={None: 4})),
-       'parts': (measure_parts, dict(model=TINY, n_images=60, steps=3)),
+       'parts': (measure_parts, dict(model=TINY, n_images=60)),
        'teacher': (measure_teacher, dict(model=TINY, n_images=64, batch=16))}
 SIZES = dict(full=FULL, toy=TOY)
 
