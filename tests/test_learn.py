@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from semmae.core import SemmaeError, generator
 from semmae.images import ImageSet
-from semmae.learn import (FIT, cluster_parts, clusters, connected_clusters, describe, foreground_score, learn_parts,
+from semmae.learn import (ENOUGH, cluster_parts, clusters, connected_clusters, describe, foreground_score, learn_parts,
                           load_learned, ridge, spread, telling_directions)
 from semmae.paper import PartTokens, StyleDecoder, alike, standard_tokens, learn_paper_parts
 from semmae.parts import batched_outputs, score_parts
@@ -195,7 +195,7 @@ def test_a_stream_teaches_what_its_images_do(tmp_path):
 
 def test_the_seed_draws_the_images_that_are_learned_from(planted):
     encoder, images = planted
-    many = images.repeat(FIT//len(images) + 1, 1, 1, 1)
+    many = images.repeat(ENOUGH//len(images) + 1, 1, 1, 1)
     one, again, other = (learn_parts(many, encoder, n_parts=4, share=.3, seed=s).state for s in (0, 0, 1))
     assert all(torch.equal(one[k], again[k]) for k in one)
     assert not torch.equal(one['direction'], other['direction'])

@@ -73,7 +73,7 @@ def test_repro_makes_everything_and_says_how_far_it_is(done):
     scores = json.loads((project/'runs/metrics/probe.json').read_text())
     assert scores['split'] == 'test' and all(0 < scores[k]['linear']['class'] < 1 for k in TRAININGS)
     assert 'called_iou' in json.loads((project/'runs/metrics/parts.json').read_text())['test'], (
-        'two steps call a foreground')
+        'learned parts call a foreground')
 
 
 def test_every_score_says_what_it_was_measured_on(done):
@@ -89,7 +89,7 @@ def test_every_score_says_what_it_was_measured_on(done):
 
 def test_a_training_without_what_it_needs_is_left_out(done):
     project, _ = done
-    set_param(project, "parts: {source: two_level, n_parts: 4, share: 0.35}", "parts: {source: none}")
+    set_param(project, "parts: {source: learned, n_parts: 4}", "parts: {source: none}")
     train_stage(project, 'smoke', 'inter')
     assert 'skipped' in json.loads((project/'runs/metrics/train/inter.json').read_text())
     finetune_stage(project, 'smoke', 'inter')

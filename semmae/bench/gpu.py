@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from .speed import make_ours, open_facebook, open_hugging, write_folder
 from ..core import check, generator, read_json, write_json
 from ..images import normalize
-from ..learn import FIT, learn_parts
+from ..learn import ENOUGH, learn_parts
 from ..masking import n_hidden, random
 from ..pipeline.stages import best_device, device_name
 from ..pretrain import Batches, MaskLearner, pretrain
@@ -237,7 +237,7 @@ def measure_parts(device, model, n_images):
     encoder, parts = make_ours(model).encoder.requires_grad_(False), []
     learning = timed(lambda _: parts.append(learn_parts(images, encoder)), 1, device)[0]
     predicting = timed(lambda _: parts[0].predict(images), 1, device)[0]
-    return [dict(contender='learning parts', images=min(FIT, n_images), seconds=learning),
+    return [dict(contender='learning parts', images=min(ENOUGH, n_images), seconds=learning),
             dict(contender='predicting parts', images=n_images, seconds=predicting)]
 
 def measure_teacher(device, model, n_images, batch):
