@@ -79,7 +79,8 @@ def consistency(pred, true, n_parts=None): # (N,h,w) labels below `n_parts`; (N,
     _, parts, matched = matching(table)
     iou, inside = np.zeros(table.shape[1]), table[:, 1:].sum(1)
     iou[parts] = matched
-    told = {f'fg_{k}': v for k, v in agreement(p[front], t[front]).items()} | agreement(*map(torch.flatten, (p, t)))
+    told = {f'fg_{k}': v for k, v in agreement(p[front], t[front]).items()}
+    told |= agreement(p.flatten(), t.flatten())
     return told | dict(iou=iou.tolist(), fg_iou=foreground_iou(inside, table.sum(1)),
                        share=(inside/inside.sum()).tolist())
 
@@ -247,7 +248,7 @@ def refuse_collapse(cells, most, remedy): # how many cells every label holds; th
 
 # %% ../nbs/10_parts.ipynb #8fe91b48
 def rename(pred, true):
-    "Call the labels of every image what the best matching with its true parts (on a grid of their own) calls them"
+    "Call the labels of every image what their best matching with its true parts calls them"
     p, t, *n = on_one_grid(pred, true)
     names = torch.full((len(p), n[0]), -1)
     for own, *image in zip(names, p, t):

@@ -8,8 +8,8 @@ from sklearn.metrics import mutual_info_score
 from semmae.core import SemmaeError, generator
 from semmae.images import ImageSet
 from semmae.parts import consistency
-from semmae.pipeline.consistent import (consistent_parts, label_shares, mutual_information, neighbour_information,
-                                        neighbours, new_nets, paste, take_views)
+from semmae.pipeline.consistent import (consistent_parts, label_shares, mutual_information,
+                                        neighbour_information, neighbours, new_nets, paste, take_views)
 from semmae.pipeline.maps import make_parts
 
 
@@ -142,8 +142,8 @@ def test_a_collapse_is_said(planted):
 
 def test_the_same_seed_learns_the_same(planted):
     encoder, images = planted
-    one, again, other = (consistent_parts(images, encoder, n_parts=4, pastes=0, steps=3, share=.3, seed=s).state
-                         for s in (0, 0, 1))
+    options = dict(n_parts=4, pastes=0, steps=3, share=.3)
+    one, again, other = (consistent_parts(images, encoder, **options, seed=s).state for s in (0, 0, 1))
     assert all(torch.equal(one[k], again[k]) for k in one) and not torch.equal(one['w1'], other['w1'])
 
 

@@ -337,7 +337,8 @@ def test_simpler_sources_stand_beside_learned_maps(tmp_path):
     save_encoder(small_encoder(image=(64, 64)), tmp_path/'runs/teacher/encoder.safetensors')
     images, maps = few_maps(tmp_path, dict(data=data, seed=0,
                                            parts=dict(source='learned', n_parts=3, block=1)))
-    assert (list(maps) == ['true parts', 'learned', 'Ward', 'k-means in the image', 'place', 'heads', 'k-means']
+    names = ['true parts', 'learned', 'Ward', 'k-means in the image', 'place', 'heads', 'k-means']
+    assert (list(maps) == names
             and {len(m) for m in maps.values()} == {len(images)} == {20})
     assert torch.equal(maps['learned'], maps['true parts']) and maps['k-means'].shape == (20, 8, 8)
     assert (list(few_maps(tmp_path, dict(data=data, seed=0, parts=dict(source='grid', n_parts=4)))[1])
@@ -346,14 +347,15 @@ def test_simpler_sources_stand_beside_learned_maps(tmp_path):
 
 def test_the_hardest_images_are_those_whose_maps_overlap_least():
     true = torch.tensor([[0, 0], [1, 2]]).repeat(4, 1, 1)
-    maps = torch.stack([true[0], torch.zeros(2, 2, dtype=torch.long), torch.tensor([[0, 1], [1, 1]]), true[0]])
+    maps = torch.stack([true[0], true[0]*0, torch.tensor([[0, 1], [1, 1]]), true[0]])
     true[3] = 0  # nothing to overlap with
     assert hardest(maps, true)[:2].tolist() == [1, 2]
 
 
 def test_what_is_called_foreground_is_judged_as_such():
     true = torch.tensor([[[0, 1], [2, 0]], [[0, 1], [0, 0]]])
-    assert called_iou(torch.tensor([[[0, 3], [0, 1]], [[0, 1], [0, 0]]]), true).tolist() == pytest.approx([1/3, 1])
+    found = torch.tensor([[[0, 3], [0, 1]], [[0, 1], [0, 0]]])
+    assert called_iou(found, true).tolist() == pytest.approx([1/3, 1])
     assert (judge_parts(true, true, 3, with_background=True)['called_iou'] == 1
             and 'called_iou' not in judge_parts(true, true, 3))
 

@@ -187,7 +187,7 @@ def consistent_parts(images, encoder,              # (N,C,H,W) bytes or a Stream
                      n_parts: Parts = 6,           # the background is one of them
                      blocks: Blocks | None = None, # whose tokens count; None: the last three
                      share: Inner = .35,           # of all cells called foreground
-                     across: Unit = .8,            # weight of what labels tell over all images, not within each
+                     across: Unit = .8,            # weight of what labels tell over all images
                      pastes: Annotated[int, Ge(0), Le(100)] = 2, # views on other backgrounds
                      steps: Count = 300, seed=0):
     "Learn labels that mean the same in all images"
