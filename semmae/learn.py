@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Blocks', 'ENOUGH', 'WAYS', 'tokens', 'describe', 'spread', 'unlike_border', 'ridge', 'foreground_score',
-           'find_foreground', 'connected_clusters', 'each_image', 'telling_directions', 'clusters', 'Learned',
+           'find_foreground', 'connected_clusters', 'each_image', 'telling_directions', 'cut', 'Learned',
            'load_learned', 'learn_parts', 'k_means_clusters', 'cluster_parts']
 
 # %% ../nbs/11_learn.ipynb #51e74d07
@@ -115,8 +115,8 @@ def telling_directions(x, maps, dim=24): # (N,h,w,D); (N,h,w) labels, 0 is no pa
     return whiten @ vectors*(ratio/(1 + ratio))
 
 # %% ../nbs/11_learn.ipynb #e2ca7c12
-def clusters(x, front, least, most): # (h,w,D), (h,w)
-    "Label clusters of an image's foreground from 1: as few as leave none with most of it; 0 elsewhere"
+def cut(x, front, least, most): # (h,w,D), (h,w)
+    "Cut the foreground of an image into as few parts as leave none with most of it, labelled from 1"
     out = front.astype(np.int64)
     if out.sum() < 2 or most < 2:
         return out
@@ -146,7 +146,7 @@ class Learned(PartSource):
     def label(self, images, *outputs):
         cells, front = self.look(images, outputs)
         x = spread(cells @ self.state['telling'], cells)
-        return each_image(clusters, x, front, (self.n_parts + 1)//2, self.n_parts - 1)
+        return each_image(cut, x, front, (self.n_parts + 1)//2, self.n_parts - 1)
 
     def save(self, path):
         "Keep all but the encoder as a safetensors file"

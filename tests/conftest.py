@@ -84,6 +84,18 @@ def wait_for(condition, seconds=60, pause=.05):
         time.sleep(pause)
 
 
+TRUTH = torch.zeros(40, 8, 8, dtype=torch.long)  # a thing of three parts in every image
+for k in range(40):
+    y, x = torch.randint(1, 3, (2,), generator=generator('place', k)).tolist()
+    for part in range(3):
+        TRUTH[k, y + part*5//3:y + (part + 1)*5//3, x:x + 4] = part + 1
+
+
+@pytest.fixture
+def planted():
+    return placeless_encoder((16, 16), depth=1), painted(TRUTH)
+
+
 def free_port():
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))

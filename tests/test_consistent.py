@@ -1,7 +1,7 @@
 "Counts and information against brute force and scikit-learn, planted parts, views against their images."
 import pytest
 import torch
-from conftest import painted, placeless_encoder
+from conftest import TRUTH, painted
 from hypothesis import given, settings, strategies as st
 from sklearn.metrics import mutual_info_score
 
@@ -99,18 +99,6 @@ def test_what_stood_on_a_background_is_painted_over_with_its_colours():
     images[up] = 255
     out = paste(images, front, generator(0))
     assert (out[0, :, 8:24, 24:28] == 160).all() and (out[1, :, 8:24, 4:8] == 40).all()
-
-
-TRUTH = torch.zeros(40, 8, 8, dtype=torch.long)  # a thing of three parts in every image
-for k in range(40):
-    y, x = torch.randint(1, 3, (2,), generator=generator('place', k)).tolist()
-    for part in range(3):
-        TRUTH[k, y + part*5//3:y + (part + 1)*5//3, x:x + 4] = part + 1
-
-
-@pytest.fixture
-def planted():
-    return placeless_encoder((16, 16), depth=1), painted(TRUTH)
 
 
 def test_planted_parts_are_found(planted):

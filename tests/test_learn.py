@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import painted, placeless_encoder, small_encoder
+from conftest import TRUTH, painted, placeless_encoder, small_encoder
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 from scipy.ndimage import label as pieces
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from semmae.core import SemmaeError, generator
 from semmae.images import ImageSet
-from semmae.learn import (ENOUGH, cluster_parts, clusters, connected_clusters, describe, foreground_score,
+from semmae.learn import (ENOUGH, cluster_parts, connected_clusters, cut, describe, foreground_score,
                           learn_parts, load_learned, ridge, spread, telling_directions)
 from semmae.paper import PartTokens, StyleDecoder, alike, standard_tokens, learn_paper_parts
 from semmae.parts import batched_outputs, score_parts
@@ -96,7 +96,7 @@ def same_cells(one, other):
 @given(st.integers(0, 10**6), st.integers(2, 6))
 def test_clusters_are_scikit_learns_and_count_from_the_top(seed, n):
     x, front = draw(6, 7, 3, seed=seed).numpy(), draw(6, 7, seed=seed + 1).numpy() > -.5
-    found = clusters(x, front, n, n)
+    found = cut(x, front, n, n)
     assert (found > 0).tolist() == front.tolist() and found.max() == n
     assert same_cells(found[front], AgglomerativeClustering(n).fit(x[front]).labels_)
     heights = [np.nonzero(found == k)[0].mean() for k in range(1, n + 1)]
@@ -107,13 +107,13 @@ def test_an_image_has_as_many_parts_as_leave_none_with_most_of_it():
     x, front = np.zeros((4, 10, 1)), np.ones((4, 10), bool)
     x[0, 0], x[0, 1] = 100, 50       # two odd cells, then two halves
     x[2:] = 1
-    assert [clusters(x, front, least, 6).max() for least in (1, 2, 3, 4, 5)] == [4, 4, 4, 4, 4], (
+    assert [cut(x, front, least, 6).max() for least in (1, 2, 3, 4, 5)] == [4, 4, 4, 4, 4], (
         'and no more than differ')
-    assert clusters(x, front, 1, 3).max() == 3 and clusters(x, front, 1, 1).max() == 1
+    assert cut(x, front, 1, 3).max() == 3 and cut(x, front, 1, 1).max() == 1
     few = np.zeros((4, 10), bool)
-    assert clusters(x, few, 2, 6).max() == 0
+    assert cut(x, few, 2, 6).max() == 0
     few[1, 1] = True
-    assert clusters(x, few, 2, 6).sum() == 1
+    assert cut(x, few, 2, 6).sum() == 1
 
 
 @settings(deadline=None, max_examples=20)
@@ -122,19 +122,6 @@ def test_connected_clusters_are_in_one_piece(seed, n):
     found = connected_clusters(draw(6, 7, 3, seed=seed).numpy(), np.ones((6, 7), bool), n)
     assert np.unique(found).tolist() == [*range(1, n + 1)]
     assert all(pieces(found == k)[1] == 1 for k in range(1, n + 1))
-
-
-TRUTH = torch.zeros(40, 8, 8, dtype=torch.long)  # a thing of three parts in every image
-for k in range(40):
-    y, x = torch.randint(1, 3, (2,), generator=generator('place', k)).tolist()
-    for part in range(3):
-        TRUTH[k, y + part*5//3:y + (part + 1)*5//3, x:x + 4] = part + 1
-
-
-
-@pytest.fixture
-def planted():
-    return placeless_encoder((16, 16), depth=1), painted(TRUTH)
 
 
 def test_planted_parts_are_found_and_so_is_what_they_lie_in(planted):
