@@ -28,13 +28,13 @@ def tokens(outputs):
     "Put the unit tokens of several blocks side by side, (B,h,w,blocks,D)"
     return torch.stack([F.normalize(output.patches, dim=3) for output in outputs], 3)
 
-def describe(images, t, place=2, colour=6): # (B,C,H,W) bytes, (B,h,w,blocks,D); what they weigh
+def describe(images, t, token=1, place=2, colour=6): # (B,C,H,W) bytes, (B,h,w,blocks,D); what they weigh
     "Describe cells by their tokens, place and colour, (B,h,w,D)"
     h, w = t.shape[1:3]
     places = torch.stack(torch.meshgrid(torch.arange(h)/h, torch.arange(w)/w, indexing='ij'), 2).to(t)
     colours = F.adaptive_avg_pool2d(images.float()/255, (h, w)).movedim(1, 3)
     of_length_1 = (t/t.shape[3]**.5).flatten(3)
-    return torch.cat([of_length_1, place*places.expand(len(t), -1, -1, -1), colour*colours], 3)
+    return torch.cat([token*of_length_1, place*places.expand(len(t), -1, -1, -1), colour*colours], 3)
 
 # %% ../nbs/11_learn.ipynb #5d1c0a44
 def spread(values, cells, passed=.85, width=.5): # (B,h,w,k), (B,h,w,D)
@@ -193,7 +193,9 @@ def k_means_clusters(x, front, n): # (h,w,D), (h,w)
         out[front] += KMeans(min(n, out.sum()), n_init=4, random_state=0).fit(x[front]).labels_
     return out
 
-WAYS = dict(place=(k_means_clusters, 1, 0), k_means=(k_means_clusters, 1, 0), ward=(connected_clusters, 1, 1))
+# how to cluster, and what tokens, place and colour weigh
+WAYS = dict(place=(k_means_clusters, 0, 1, 0), k_means=(k_means_clusters, 1, 1, 0),
+            ward=(connected_clusters, 1, 1, 1))
 
 @part_source('clusters', background=True)
 def cluster_parts(images, encoder, n_parts: Parts = 5, by: Literal['place', 'k_means', 'ward'] = 'ward',
@@ -204,7 +206,5 @@ def cluster_parts(images, encoder, n_parts: Parts = 5, by: Literal['place', 'k_m
 
     def label(images, *outputs):
         x, front = describe(images, tokens(outputs), *weights), found.look(images, outputs)[1]
-        if by == 'place':
-            x = x[..., -2 - images.shape[1]:-images.shape[1]]
         return each_image(cluster, x, front, n_parts - 1)
     return PartSource(encoder, found.blocks, label)
