@@ -81,8 +81,8 @@ def learn_labels(encoder, images, targets, n_out, pool, stage, # the block of pa
         with autocast(imgs.device):
             out = learner.parallel(imgs)
         return learner.learn(loss(out.float(), now)*len(imgs)/batch, rate)
-    key = checkpoint and run_key('finetune', images, targets, encoder=(encoder_key(encoder), encoder.recipe),
-                                 options=(stage, n_out, pool, options, others))
+    key = checkpoint and run_key(stage, images, targets, encoder=(encoder_key(encoder), encoder.recipe),
+                                 options=(n_out, pool, options, others))
     state = checkpoint and Checkpoint(checkpoint, key, model=model, opt=learner.opt)
     return model, run_epochs(learn, model, data, lr, warmup_epochs, state, log=log)
 
