@@ -6,7 +6,7 @@
 __all__ = ['Count', 'Whole', 'Layers', 'Width', 'Label', 'Parts', 'Amount', 'Share', 'Unit', 'Inner', 'Side', 'Size', 'Scale',
            'SemmaeError', 'check', 'explained', 'options_of', 'Generator', 'generator', 'draw', 'constant',
            'die_with_parent', 'grid_size', 'patchify', 'unpatchify', 'blank', 'atomic', 'tidy', 'write_json',
-           'read_json', 'file_hash']
+           'read_json', 'find_path', 'file_hash']
 
 # %% ../nbs/00_core.ipynb #ddd6ad81
 import contextlib, hashlib, inspect, json, os, threading, time
@@ -40,7 +40,7 @@ def explained(what, advice, *errors):
 # %% ../nbs/00_core.ipynb #5a2d546d
 Count = Annotated[int, Ge(1), Le(10**9)]     # of images, epochs, steps …
 Whole = Annotated[int, Ge(0), Le(10**9)]
-Layers = Annotated[int, Ge(1), Le(1000)]     # also heads
+Layers = Annotated[int, Ge(1), Le(256)]      # also heads
 Width = Annotated[int, Ge(1), Le(10**5)]     # of a layer
 Label = Annotated[int, Ge(0), Le(255)]       # of a part: a byte
 Parts = Annotated[int, Ge(1), Le(256)]       # how many
@@ -150,6 +150,14 @@ def write_json(path, data):
 def read_json(path):
     "Read what a JSON file holds"
     return json.loads(Path(path).read_text())
+
+def find_path(key, path, root='.'): # `data.source` …; what a user wrote there
+    "Find a file or folder, from `root` on; `~` is the user's folder"
+    with explained(f"`{key}` is {str(path)!r}, which cannot be looked for", 'correct it'):
+        found = Path(root)/Path(path).expanduser()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            found.stat()
+    return found
 
 def file_hash(path):
     "Return the first 12 hex digits of a file's SHA-256: which checkpoint a number came from"

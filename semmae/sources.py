@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 from timm.data import create_dataset
 from torch.utils.data import ConcatDataset
 
-from .core import Count, Size, check, die_with_parent, explained, generator
+from .core import Count, Size, check, die_with_parent, explained, find_path, generator
 from .images import ImageSet
 
 # %% ../nbs/16_sources.ipynb #8ea4fbe2
@@ -152,7 +152,7 @@ def timm_source(name): # torch/cifar10, hfds/…
 # %% ../nbs/16_sources.ipynb #912e20ca
 def open_source(source, root='.'): # a path, from `root` on, or timm's name
     "Open the source that `source` names, once every class has images in every split"
-    path = (Path(root)/Path(source).expanduser()).resolve()
+    path = find_path('data.source', source, root).resolve()
     if not path.exists() and str(source).startswith(('torch/', 'hfds/')):
         src = timm_source(source)
     else:

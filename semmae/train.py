@@ -128,11 +128,12 @@ CODE = Path(find_spec('semmae').origin).parent
 def imported(source, package='semmae'): # that the source is part of
     "Find the modules of semmae that some Python source imports, such as `vit` and `pipeline.params`"
     for node in ast.walk(ast.parse(source)):
+        modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom):
             name = resolve_name('.'*node.level + (node.module or ''), package)
             inside = node.module and name != 'semmae'
             modules = [name] if inside else [f'{name}.{a.name}' for a in node.names]
-            yield from (m.removeprefix('semmae.') for m in modules if m.startswith('semmae.'))
+        yield from (m.removeprefix('semmae.') for m in modules if m.startswith('semmae.'))
 
 def modules_of(source, code=CODE):
     "Find the same, with what those modules import themselves: their files by name"

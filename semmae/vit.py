@@ -22,8 +22,8 @@ from timm.models.vision_transformer import Attention, Block, checkpoint_filter_f
 from torch import nn
 from torch.nn import functional as F
 
-from .core import (Amount, Layers, Side, Size, Unit, Whole, Width, atomic, check, explained, generator,
-                         grid_size, patchify)
+from .core import (Amount, Layers, Side, Size, Unit, Whole, Width, atomic, check, explained, find_path,
+                         generator, grid_size, patchify)
 from .images import IMAGENET, normalize, resized
 
 # %% ../nbs/03_vit.ipynb #5dc95bc8
@@ -185,7 +185,7 @@ def open_encoder(
         weights: str | None = None,  # a file of weights; None: timm's, downloaded
         image: Size | None = None):  # (height, width) it looks at; None: what it was made for
     "Open a pretrained encoder, frozen"
-    weights = weights and Path(weights).expanduser()
+    weights = weights and find_path('teacher.weights', weights)
     check(not weights or weights.is_file(), f"there is no {weights}: correct `teacher.weights`")
     if weights and weights.suffix == '.safetensors' and 'recipe' in read_weights(weights)[1]:
         vit = load_encoder(weights)

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ..core import check, explained, read_json
-from ..demo.sheets import sheet_source  # so that `load_images` knows it
+from ..demo.source import sheet_source  # so that `load_images` knows it
 from ..sources import SPLITS, Source, hold_out, load_images, reader
 
 # %% ../../nbs/pipeline/glue/02_data.ipynb #78c5d69e

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ..core import check
+from ..core import check, find_path
 from ..images import few_labels
 from ..vit import load_encoder, make_encoder, open_encoder
 
@@ -27,7 +27,7 @@ def fresh_encoder(cfg):
 def open_teacher(options, root):
     "Open the pretrained encoder that `teacher` names; a file of weights may lie in the project's folder"
     weights = options.get('weights')
-    return open_encoder(**options | (dict(weights=Path(root)/Path(weights).expanduser()) if weights else {}))
+    return open_encoder(**options | (dict(weights=find_path('teacher.weights', weights, root)) if weights else {}))
 
 def in_words(encoder):
     "Say what tells encoders apart"
@@ -53,5 +53,5 @@ def check_labels(cfg, train): # an ImageSet
     "Refuse shares of labels that leave a class, or the training set, without an image"
     few_labels(torch.zeros(len(train), dtype=torch.long), cfg['segment']['labels'])
     if train.targets:
-        for share in [*cfg['probe']['labels'], cfg['finetune']['labels']]:
+        for share in [*cfg['probe'].get('labels', ()), cfg['finetune']['labels']]:
             few_labels(train.targets['class'], share, cfg['seed'], train.classes['class'])

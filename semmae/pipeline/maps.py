@@ -6,10 +6,8 @@
 __all__ = ['used', 'make_parts']
 
 # %% ../../nbs/pipeline/glue/05_maps.ipynb #30f7441e
-from pathlib import Path
-
 from .. import learn, paper  # which register sources of parts, as `consistent` does
-from ..core import check, options_of
+from ..core import check, find_path, options_of
 from ..images import read_maps, some_images
 from ..parts import SOURCES, open_parts
 from . import consistent
@@ -30,8 +28,7 @@ def make_parts(splits,          # name -> ImageSet
             check(d.parts is not None,
                   "`parts.source` is given, but the images come without part maps: choose another")
         return {k: d.parts for k, d in splits.items()}
-    folder = Path(root)/Path(source).expanduser()
-    if source not in SOURCES and folder.is_dir():
+    if source not in SOURCES and (folder := find_path('parts.source', source, root)).is_dir():
         return {k: read_maps(folder, k, d.images) for k, d in splits.items()}
     found = open_parts(source, encoder, some_images(splits['train'].images, seed), seed,
                        **used(source, options))

@@ -50,8 +50,9 @@ def run_stage(name,       # a notebook of nbs/pipeline
                  "lower `batch` or `data.limit` in the profile, or free some")
     except KeyboardInterrupt:
         sys.exit(f'{name}: stopped')
-    write_json(f'runs/times/{name}.json',
-               dict(seconds=round(time.time() - start, 1), device=device_name(best_device())))
+    if name != 'report':  # which shows the times of the others
+        write_json(f'runs/times/{name}.json',
+                   dict(seconds=round(time.time() - start, 1), device=device_name(best_device())))
 
 # %% ../../nbs/pipeline/glue/15_run.ipynb #7d31e007
 def forced():

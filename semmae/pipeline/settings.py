@@ -20,7 +20,7 @@ from annotated_types import Ge, Le
 from pydantic import ConfigDict, ValidationError, create_model
 from timm.optim import create_optimizer_v2
 
-from ..core import SemmaeError, Share, Size, check, explained, generator, options_of
+from ..core import SemmaeError, Share, Size, check, explained, find_path, generator, options_of
 from ..evaluate import score
 from ..finetune import finetune
 from ..mae import MAE
@@ -153,13 +153,17 @@ def check_models(cfg, root):
         hide(torch.zeros(1, *mae.grid, dtype=kind), generator('try'))
 
 def check_optimizer(cfg, root):
-    "Make the optimiser that a profile names"
+    "Make the optimiser that a profile names, and a step of it"
     used = defaults_of(pretrain) | cfg['pretrain']
     optimizer, graph = used['optimizer'], dict(capturable=True) if used['compile'] == GRAPH else {}
     options = dict(opt=optimizer) if isinstance(optimizer, str) else optimizer
-    with explained(f"timm cannot make the optimiser that `pretrain.optimizer` names, {optimizer!r}",
+    model = torch.nn.Linear(1, 1)
+    with explained(f"the optimiser that `pretrain.optimizer` names, {optimizer!r}, cannot be made or used",
                    'correct its name and options'):
-        create_optimizer_v2(torch.nn.Linear(1, 1), lr=.1, weight_decay=.1, **options, **graph)
+        create_optimizer_v2(model, lr=.1, weight_decay=.1, **options, **graph)
+        opt = create_optimizer_v2(model, lr=.1, weight_decay=.1, **options)
+        model(torch.ones(1, 1)).sum().backward()
+        opt.step()
 
 def check_teacher(cfg, root):
     "Make a teacher that is trained without weights; know the name of one that is opened"
@@ -180,7 +184,7 @@ def check_guide(cfg, root):
     "See that the maps or scores that a masking looks at can be had"
     source, kind = cfg['parts']['source'], guide_kind(cfg)
     known = ['none', 'given', *SOURCES]
-    there = source in known or (Path(root)/Path(source).expanduser()).is_dir()
+    there = source in known or find_path('parts.source', source, root).is_dir()
     check(there, f"`parts.source` is {source!r}: write a folder of maps, or one of {', '.join(known)}")
     sees = kind == 'scores' or source in SOURCES and SOURCES[source].sees
     check(cfg['teacher'] or not sees,
@@ -200,9 +204,8 @@ def check_batches(cfg, root):
 def check_compiling(cfg, root):
     "See that a way to compile is known, and works with several processes and turns"
     compile, modes = cfg['pretrain'].get('compile'), torch._inductor.list_mode_options()
-    check(compile in (None, GRAPH, *modes, *torch._dynamo.list_backends(())),
-          f"`pretrain.compile` is {compile!r}: choose null, graph, one of {', '.join(modes)}, "
-          "or a backend of torch.compile")
+    check(compile in (None, GRAPH, *modes),
+          f"`pretrain.compile` is {compile!r}: choose null, graph, or one of {', '.join(modes)}")
     recorded = compile == GRAPH or modes.get(compile, {}).get('triton.cudagraphs')
     check(not recorded or cfg['processes']*cfg['pretrain'].get('accumulate', 1) == 1,
           f"`pretrain.compile` is {compile!r}, which keeps gradients in CUDA graphs, "
@@ -250,9 +253,10 @@ def check_params(path, profile=None):
     path = Path(path).resolve()
     params, cfg = read_yaml(path), read_params(path, profile)
     trainings, tuned = params.get('trainings'), params.get('tuned')
-    check(isinstance(trainings, dict) and trainings,
-          f"{path} has no `trainings`: write {{semmae: runs/parts}}")
+    check(isinstance(trainings, dict) and 'semmae' in trainings,
+          f"{path} has no `trainings.semmae`, which the report is about: write {{semmae: runs/parts}}")
     for training, given in trainings.items():
         check_training(params, cfg, training, given, path)
     known = isinstance(tuned, list) and all(isinstance(k, str) and k in trainings for k in tuned)
-    check(known, f"`tuned` is {tuned!r}: write a list of some of {', '.join(trainings)}")
+    check(known and 0 < len(tuned) == len(set(tuned)),
+          f"`tuned` is {tuned!r}: write a list of some of {', '.join(trainings)}, each once")

@@ -16,7 +16,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, torch
 from scipy.stats import t as student
 
-from ..core import Count, Inner, SemmaeError, Whole, tidy
+from ..core import Count, Inner, SemmaeError, Whole, explained, find_path, tidy
 from ..demo.draw import make_demo
 from ..evaluate import accuracy, features, knn, linear_probe, whiten
 from ..parts import SOURCES
@@ -52,7 +52,8 @@ def read_study(root, name):
     check_study(study, f'studies.{name}')
     base = changed(read_params(path, study['profile']), study.get('change', {}), f'studies.{name}.change')
     check_types(base, f'studies.{name}.change', profile_model(base))
-    return study | dict(base=base, params=params, path=path)
+    results = find_path(f'studies.{name}.results', study['results'], root)
+    return study | dict(base=base, params=params, path=f'studies.{name}.rows: {path}', results=results)
 
 def configure(study, row):
     "Return the profile that a row trains with"
@@ -85,7 +86,7 @@ def key_of(row):
 # %% ../../nbs/pipeline/glue/16_study.ipynb #e9b51045
 def read_rows(*files):
     "Read the measured rows in some files, by what tells them apart"
-    lines = [line for f in files if Path(f).exists() for line in Path(f).read_text().splitlines()]
+    lines = [line for f in files if Path(f).is_file() for line in Path(f).read_text().splitlines()]
     return {key_of(r): r for r in map(json.loads, lines)}
 
 def add_row(file, row):
@@ -245,7 +246,10 @@ def run_study(root, name, file,
               log=print):
     "Measure the rows of a study that no file holds yet, until the minutes are up"
     clock, study = Clock(minutes), read_study(root, name)
-    bench, results = Bench(root, study, source), Path(root)/study['results']
+    with explained(f"{file} cannot be written", 'name another file', OSError):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        open(file, 'a').close()
+    bench, results = Bench(root, study, source), study['results']
     rows = [r for r in rows_of(study) if only is None or r['entry'] in only]
     for row in rows[share[0]::share[1]]:
         if key_of(row) not in read_rows(results, file) and clock.allows(row, row['epochs']):
@@ -330,7 +334,7 @@ def show_ahead(rows,      # label -> difference, half its interval
 def list_study(root, name, log=print):
     "Print what is measured, what is next, and what it would cost"
     study = read_study(root, name)
-    done, cost = read_rows(Path(root)/study['results']), {}
+    done, cost = read_rows(study['results']), {}
     for r in done.values():
         if r['epochs']:
             cost.setdefault((key_of(r)[1], r['device']), []).append(r['trained']/r['epochs'])
@@ -359,7 +363,7 @@ def main():
     try:
         if args.list:
             return list_study(root, args.study)
-        out = args.out or root/read_study(root, args.study)['results']
+        out = args.out or read_study(root, args.study)['results']
         log = partial(print, flush=True)
         run_study(root, args.study, out, args.minutes, args.only, args.share, args.source, log)
     except SemmaeError as e:
