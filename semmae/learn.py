@@ -85,20 +85,19 @@ def find_foreground(t, cells, share, rounds=3):
 
 # %% ../nbs/11_learn.ipynb #84df1d35
 def connected_clusters(x, front, n): # (h,w,D), (h,w)
-    "Label the n connected clusters of an image's foreground from 1, 0 elsewhere"
-    out = front.astype(np.int64)
-    if out.sum() > 1:
-        near = grid_to_graph(*front.shape, mask=front)
-        with warnings.catch_warnings():  # where the foreground has pieces, the nearest are joined
-            warnings.filterwarnings('ignore', message='the number of connected components')
-            clusters = AgglomerativeClustering(min(n, out.sum()), connectivity=near).fit(x[front])
-        out[front] += clusters.labels_
-    return out
+    "Return the number, from 0, of each foreground cell's cluster among n connected ones"
+    clusters = AgglomerativeClustering(min(n, front.sum()), connectivity=grid_to_graph(*front.shape, mask=front))
+    with warnings.catch_warnings():  # where the foreground has pieces, the nearest are joined
+        warnings.filterwarnings('ignore', message='the number of connected components')
+        return clusters.fit_predict(x[front])
 
 def each_image(cluster, x, front, *args): # a function of arrays (h,w,D) and (h,w)
-    "Cluster the foreground of every image by itself, (B,h,w)"
-    found = [cluster(*pair, *args) for pair in zip(x.cpu().numpy(), front.cpu().numpy())]
-    return torch.from_numpy(np.stack(found)).to(front.device)
+    "Cluster the foreground of every image by itself: labels from 1, and 0 elsewhere, (B,h,w)"
+    maps = front.long().cpu().numpy()
+    for out, cells, inside in zip(maps, x.cpu().numpy(), maps > 0):
+        if inside.sum() > 1:
+            out[inside] += cluster(cells, inside, *args)
+    return torch.from_numpy(maps).to(front.device)
 
 def telling_directions(x, maps, dim=24): # (N,h,w,D); (N,h,w) labels, 0 is no part
     "Find directions in which parts of one image differ and cells of one part do not, (D,dim)"
@@ -116,19 +115,15 @@ def telling_directions(x, maps, dim=24): # (N,h,w,D); (N,h,w) labels, 0 is no pa
 
 # %% ../nbs/11_learn.ipynb #e2ca7c12
 def cut(x, front, least, most): # (h,w,D), (h,w)
-    "Cut the foreground of an image into as few parts as leave none with most of it, labelled from 1"
-    out = front.astype(np.int64)
-    if out.sum() < 2 or most < 2:
-        return out
+    "Cut an image's foreground into as few parts as leave none with most of it, numbered from the top"
     tree, rows = ward(x[front]), front.nonzero()[0]
     for n in range(least, most + 1):
-        labels = fcluster(tree, n, 'maxclust')
-        held = np.bincount(labels)[1:]
+        labels = fcluster(tree, n, 'maxclust') - 1
+        held = np.bincount(labels)
         if held.max() <= .7*len(labels):
             break
-    heights = np.bincount(labels, rows)[1:]/held
-    out[front] = heights.argsort().argsort()[labels - 1] + 1
-    return out
+    heights = np.bincount(labels, rows)/held
+    return heights.argsort().argsort()[labels]
 
 # %% ../nbs/11_learn.ipynb #b64a4a1c
 class Learned(PartSource):
@@ -187,18 +182,15 @@ def learn_parts(images, encoder,               # (N,C,H,W) bytes or a Stream
 
 # %% ../nbs/11_learn.ipynb #dee58164
 def k_means_clusters(x, front, n): # (h,w,D), (h,w)
-    "Label the n clusters of k-means in an image's foreground from 1, 0 elsewhere"
-    out = front.astype(np.int64)
-    if out.sum() > 1:
-        out[front] += KMeans(min(n, out.sum()), n_init=4, random_state=0).fit(x[front]).labels_
-    return out
+    "Return the number, from 0, of each foreground cell's cluster among n of k-means"
+    return KMeans(min(n, front.sum()), n_init=4, random_state=0).fit_predict(x[front])
 
 # how to cluster, and what tokens, place and colour weigh
 WAYS = dict(place=(k_means_clusters, 0, 1, 0), k_means=(k_means_clusters, 1, 1, 0),
             ward=(connected_clusters, 1, 1, 1))
 
 @part_source('clusters', background=True)
-def cluster_parts(images, encoder, n_parts: Parts = 5, by: Literal['place', 'k_means', 'ward'] = 'ward',
+def cluster_parts(images, encoder, n_parts: Parts = 5, by: Literal[tuple(WAYS)] = 'ward',
                   blocks: Blocks | None = None, share: Inner = .32, seed=0):
     "Cluster each image's own foreground, which is found as `learn_parts` finds it"
     found = learn_parts(images, encoder, n_parts, blocks, share, seed)

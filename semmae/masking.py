@@ -200,7 +200,7 @@ COLOURS = dict(red=lambda blur: blur(2.), blue=lambda blur: 1 - blur(.5),
                green=lambda blur: blur(.5) - blur(2.), purple=lambda blur: 1 - blur(.5) + blur(2.))
 
 @strategy()
-def colour(x, ratio, gen, progress=0., noise: Literal['red', 'blue', 'green', 'purple'] = 'green'):
+def colour(x, ratio, gen, progress=0., noise: Literal[tuple(COLOURS)] = 'green'):
     "Hide the lowest values of filtered noise"
     h, w = (2*s for s in x.shape[1:])  # twice as large as needed: a filter by Fourier transform wraps around
     frequency = torch.fft.fftfreq(h, device=x.device)[:, None]**2 + torch.fft.rfftfreq(w, device=x.device)**2

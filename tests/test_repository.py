@@ -15,7 +15,7 @@ from execnb.nbio import read_nb
 
 from semmae.core import read_json
 from semmae.pipeline.code import stale_modules
-from semmae.train import imported
+from semmae.train import imported, modules_of
 
 STAGES = sorted(ROOT.glob('nbs/pipeline/*.ipynb'))
 name = lambda p: str(p.relative_to(ROOT))
@@ -84,17 +84,14 @@ def test_the_wheel_is_the_library():
 
 
 def test_a_chapter_uses_only_chapters_before_it():
-    "Its examples, too, but for images of the demo, which `images` and `sources` are enough to read"
+    "Its examples, too, and what the demo's images are read with there"
     chapters = {p.stem[3:]: int(p.stem[:2]) for p in ROOT.glob('nbs/[0-9]*.ipynb')}
     assert sorted(chapters.values()) == list(range(len(chapters)))
     for module, number in chapters.items():
         cells = nbformat.read(ROOT/f'nbs/{number:02}_{module}.ipynb', 4).cells
-        for code in [c.source for c in cells if c.cell_type == 'code']:
-            allowed = set() if code.startswith('#| export') else {'demo.sheets'}
-            used = set(imported(code)) - {module} - allowed
-            assert all(chapters.get(name, 99) < number for name in used), (module, used)
-    sheets = (ROOT/'semmae/demo/sheets.py').read_text()
-    assert set(imported(sheets, 'semmae.demo')) == {'core', 'images', 'sources'}
+        code = '\n'.join(c.source for c in cells if c.cell_type == 'code')
+        used = {name for name in modules_of(code) if not name.startswith('demo.')}
+        assert all(chapters.get(name, 99) <= number for name in used), (module, used)
 
 
 def test_lines_are_short_and_hold_one_statement():

@@ -70,7 +70,7 @@ def edited(params, rng, values, among=None):
 
 
 def refused(act, what):
-    "Whether a sentence refuses an edit and names its key or the block; anything else that is raised is a failure"
+    "Whether a sentence refuses an edit and names its key or block; whatever else is raised is a failure"
     try:
         act()
     except SemmaeError as e:
