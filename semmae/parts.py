@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['BATCH', 'NOT_FINITE', 'SOURCES', 'agreement', 'on_one_grid', 'score_images', 'meetings', 'matching', 'foreground_iou',
            'consistency', 'score_parts', 'score_keypoints', 'read_cub', 'batched_outputs', 'cells', 'k_means',
-           'nearest', 'part_source', 'PartSource', 'head_parts', 'k_means_parts', 'two_levels', 'two_level_parts',
-           'grid_parts', 'open_parts', 'refuse_collapse', 'rename']
+           'nearest', 'part_source', 'PartSource', 'head_parts', 'k_means_parts', 'grid_parts', 'open_parts',
+           'refuse_collapse', 'rename']
 
 # %% ../nbs/10_parts.ipynb #0fcfc7a4
 import math
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
 
 import numpy as np, torch
 from PIL import Image
@@ -21,7 +20,7 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from torch.nn import functional as F
 
-from .core import Inner, Layers, Parts, Size, check, generator
+from .core import Layers, Parts, Size, check, generator
 from .images import check_labels, resized_parts
 from .train import prepare
 from .vit import BlockOutput, check_parts, gather, block_outputs
@@ -183,42 +182,6 @@ def k_means_parts(images, encoder, n_parts: Parts, block: Layers | None = None, 
     drawn, = cells(encoder, images, [block], seed)
     centres = k_means(F.normalize(drawn.patches, dim=1), n_parts, seed)
     return PartSource(encoder, [block], lambda images, output: nearest(output.patches, centres))
-
-# %% ../nbs/10_parts.ipynb #60158902
-def two_levels(there, back, n_parts, foreground, share, seed): # outputs for the parts and for the foreground
-    "Return a function that labels cells 0 where the foreground scores low, by k-means in the rest"
-    attention = back.attention.mean(1)
-    if foreground == 'means':
-        means = k_means(F.normalize(back.patches, dim=1), 2, seed)
-        side = nearest(back.patches, means)
-        if attention[side == 0].mean() > attention[side == 1].mean():
-            means = means.flip(0)  # the second is looked at more
-
-    def score(output):
-        if foreground == 'attention':
-            return output.attention.mean(1)
-        far = torch.cdist(F.normalize(output.patches, dim=-1).flatten(0, -2), means).square()
-        return (far[:, 0] - far[:, 1]).view(output.patches.shape[:-1])
-
-    scores, level = score(back), attention.mean() if foreground == 'attention' else 0.
-    if share:
-        level = scores.quantile(1 - share)
-    centres = k_means(F.normalize(there.patches[scores >= level], dim=1), n_parts - 1, seed)
-    return lambda there, back: torch.where(score(back) >= level, nearest(there.patches, centres) + 1, 0)
-
-# %% ../nbs/10_parts.ipynb #e8ef8845
-@part_source('two_level', background=True)
-def two_level_parts(images, encoder, n_parts: Parts,
-                    block: Layers | None = None, foreground_block: Layers | None = None, # None: the last
-                    # cells nearer to one of two means, or that the class token looks at more
-                    foreground: Literal['means', 'attention'] = 'means',
-                    # of cells called foreground; None: those nearer to the second mean, or above the average
-                    share: Inner | None = None, seed=0):
-    "Find the foreground first, then cluster what is in it"
-    blocks = [block, foreground_block]
-    check_parts(n_parts, next(batched_outputs(encoder, images[:1], blocks))[0].patches)
-    label = two_levels(*cells(encoder, images, blocks, seed), n_parts, foreground, share, seed)
-    return PartSource(encoder, blocks, lambda images, *outputs: label(*outputs))
 
 # %% ../nbs/10_parts.ipynb #2c54d45c
 @part_source('grid', sees=False)

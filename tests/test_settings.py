@@ -34,7 +34,7 @@ MICRO = dict(
     probe=dict(labels=[.5]),
     finetune=dict(labels=1., epochs=1, batch=8, lr=.001, warmup_epochs=0, mixup=.8, drop_path=.1),
     segment=dict(labels=1., epochs=1, warmup_epochs=0))
-WORDS = ['', 'x', 'data', '0.5', 'é', '~nobody', 'a\0b', 300*'x', None, True, False]
+WORDS = ['', 'x', 'data', '0.5', 'é', '~no one', 'a\0b', 300*'x', None, True, False]
 NUMBERS = [0, -1, 1, 2, 3, 5, 7, 64, .3, 1.5, -.1, 1., float('inf'), float('nan')]
 HUGE = [10**3, 10**6, 10**12, 10**400, 1e-300, 1e300, 2**63, -2**40]
 BLOCKS = [[], [1], [.5, 2], [[1]], ['a', None], {}, {'a': 1}, {'name': 'x'}, {'epochs': 3}]
