@@ -101,8 +101,8 @@ def crop(x, boxes, flips, size, kernel='linear'): # (B,C,H,W), (B,4), (B,) bool,
 
 def uncropped(x):
     "Return boxes and flips that change nothing"
-    whole = torch.tensor([0., 0., 1., 1.], device=x.device).expand(len(x), 4)
-    return whole, torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    box = torch.tensor([0., 0., 1., 1.], device=x.device).expand(len(x), 4)
+    return box, torch.zeros(len(x), dtype=torch.bool, device=x.device)
 
 # %% ../nbs/01_images.ipynb #8a205da8
 def resized(images, size):
@@ -193,8 +193,8 @@ def read_maps(folder, split, images):
           f"{folder} holds no part maps for {split}: run the stage `parts`, or `write_maps`")
     with explained(f"{about} does not name {split} as `write_maps` does", 'make the maps again'):
         known = read_json(about)['splits'][split]
-        whole, same = known['maps'] == file_hash(file), known['images'] == data_key(images)
-    check(whole, f"{file} is not the file that maps.json tells of: make the maps again")
+        intact, same = known['maps'] == file_hash(file), known['images'] == data_key(images)
+    check(intact, f"{file} is not the file that maps.json tells of: make the maps again")
     check(same, f"the maps in {folder} were made for other images than these of {split}, or for the same "
                 "decoded where these stream: make the maps again, or set `data.stream` as it was")
     return torch.from_numpy(np.load(file))

@@ -86,7 +86,8 @@ def find_foreground(t, cells, share, rounds=3):
 # %% ../nbs/11_learn.ipynb #84df1d35
 def connected_clusters(x, front, n): # (h,w,D), (h,w)
     "Return the number, from 0, of each foreground cell's cluster among n connected ones"
-    clusters = AgglomerativeClustering(min(n, front.sum()), connectivity=grid_to_graph(*front.shape, mask=front))
+    near = grid_to_graph(*front.shape, mask=front)
+    clusters = AgglomerativeClustering(min(n, front.sum()), connectivity=near)
     with warnings.catch_warnings():  # where the foreground has pieces, the nearest are joined
         warnings.filterwarnings('ignore', message='the number of connected components')
         return clusters.fit_predict(x[front])
@@ -131,7 +132,7 @@ class Learned(PartSource):
     def __init__(self, encoder, blocks, n_parts, **state):
         self.encoder, self.blocks, self.n_parts, self.state = encoder, blocks, n_parts, state
 
-    def look(self, images, outputs):
+    def cells_of(self, images, outputs):
         "Return the descriptions of cells (B,h,w,D), and which of them are foreground"
         self.state = {k: v.to(images.device) for k, v in self.state.items()}
         t = tokens(outputs)
@@ -139,7 +140,7 @@ class Learned(PartSource):
         return cells, foreground_score(self.state['direction'], t, cells) >= self.state['level']
 
     def label(self, images, *outputs):
-        cells, front = self.look(images, outputs)
+        cells, front = self.cells_of(images, outputs)
         x = spread(cells @ self.state['telling'], cells)
         return each_image(cut, x, front, (self.n_parts + 1)//2, self.n_parts - 1)
 
@@ -197,6 +198,6 @@ def cluster_parts(images, encoder, n_parts: Parts = 5, by: Literal[tuple(WAYS)] 
     cluster, *weights = WAYS[by]
 
     def label(images, *outputs):
-        x, front = describe(images, tokens(outputs), *weights), found.look(images, outputs)[1]
+        x, front = describe(images, tokens(outputs), *weights), found.cells_of(images, outputs)[1]
         return each_image(cluster, x, front, n_parts - 1)
     return PartSource(encoder, found.blocks, label)

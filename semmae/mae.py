@@ -104,8 +104,9 @@ class MAE(nn.Module):
                  seed=0, **options):        # of the decoder
         super().__init__()
         check(kind in DECODERS, f"`decoder.kind` is {kind!r}: choose one of {', '.join(DECODERS)}")
-        check(share == 1 or DECODERS[kind].apart, f"`decoder.share` is {share}, and decoders of the kind {kind} "
-              "paint hidden patches together: choose 1, or `decoder.kind: cross`")
+        check(share == 1 or DECODERS[kind].apart,
+              f"`decoder.share` is {share}, and decoders of the kind {kind} paint hidden patches together: "
+              "choose 1, or `decoder.kind: cross`")
         encoder.pos_embed.requires_grad_(False)  # fixed, as in MAE
         self.encoder, self.share, self.norm_pixels = encoder, share, norm_pixels
         self.patch, self.grid = encoder.patch_embed.patch_size[0], encoder.patch_embed.grid_size

@@ -47,8 +47,8 @@ def score_images(pred, true): # (N,h,w) labels; (N,H,W) true parts, 0 is none
     there, held = met.sum(1)[:, 1:] > 0, met[..., 1:].sum(2)
     shares = held/held.sum(1, keepdim=True).clamp(min=1)
     none = dict(nmi=math.nan, ari=math.nan)
-    told = [agreement(p[t > 0], t[t > 0]) if k > 1 else none for p, t, k in zip(pred, true, there.sum(1))]
-    scores = {f'fg_{k}': torch.tensor([v[k] for v in told]).double() for k in none}
+    found = [agreement(p[t > 0], t[t > 0]) if k > 1 else none for p, t, k in zip(pred, true, there.sum(1))]
+    scores = {f'fg_{k}': torch.tensor([v[k] for v in found]).double() for k in none}
     scores['mbo'] = (iou.amax(1)[:, 1:]*there).sum(1)/there.sum(1)
     labels, one = (-torch.special.xlogy(shares, shares).sum(1)).exp(), (shares.amax(1) >= .8).double()
     several = dict(labels=labels, one_label=one)
@@ -78,10 +78,10 @@ def consistency(pred, true, n_parts=None): # (N,h,w) labels below `n_parts`; (N,
     _, parts, matched = matching(table)
     iou, inside = np.zeros(table.shape[1]), table[:, 1:].sum(1)
     iou[parts] = matched
-    told = {f'fg_{k}': v for k, v in agreement(p[front], t[front]).items()}
-    told |= agreement(p.flatten(), t.flatten())
-    return told | dict(iou=iou.tolist(), fg_iou=foreground_iou(inside, table.sum(1)),
-                       share=(inside/inside.sum()).tolist())
+    scores = {f'fg_{k}': v for k, v in agreement(p[front], t[front]).items()}
+    scores |= agreement(p.flatten(), t.flatten())
+    return scores | dict(iou=iou.tolist(), fg_iou=foreground_iou(inside, table.sum(1)),
+                         share=(inside/inside.sum()).tolist())
 
 def score_parts(pred, true, n_parts=None): # (N,h,w) labels below `n_parts`; (N,H,W) true parts, 0 is none
     "Score part maps against the truth: means over images, and their consistency"
@@ -108,17 +108,17 @@ def read_cub(folder, names, size): # CUB_200_2011; an ImageSet's names; the (hei
     for name in ('/'.join(Path(n.split(':')[-1]).parts[-2:]) for n in names):
         check(name in numbers, f"{name} is not in {folder}/images.txt: give the names of CUB's images")
         with Image.open(folder/'images'/name) as img:
-            whole = np.array(img.size)
+            frame = np.array(img.size)
         own = points[points[:, 0] == int(numbers[name])]
-        scale = (whole/size).min()  # the largest frame of the wanted shape, from the middle
-        xy = (own[:, 2:4] - whole/2)/(scale*size) + .5
+        scale = (frame/size).min()  # the largest frame of the wanted shape, from the middle
+        xy = (own[:, 2:4] - frame/2)/(scale*size) + .5
         visible = own[:, 4:]*((0 <= xy) & (xy < 1)).all(1, keepdims=True)
         out.append(np.where(visible, np.hstack([xy, visible]), 0))
     return torch.from_numpy(np.stack(out)).float()
 
 # %% ../nbs/10_parts.ipynb #be01fc7f
 BATCH = 50 # images that an encoder looks at together
-NOT_FINITE = 'what the encoder says of images is not finite: correct its weights'
+NOT_FINITE = 'what the encoder says of images is not finite: correct `teacher.weights`'
 
 def batched_outputs(encoder, images, blocks):
     "Yield what the encoder says of images at some blocks, batch by batch"

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from .core import Amount, Count, Scale, Unit, generator
 from .evaluate import features, fit_linear
-from .finetune import Drop, learn_labels, outputs, with_head
+from .finetune import Drop, learn_head, outputs, with_head
 from .images import ImageSet
 
 # %% ../nbs/15_segment.ipynb #c9a54626
@@ -38,7 +38,7 @@ def segment(encoder, images, parts, n_parts=None, # (N,h,w); None: as many as `p
     options = epochs, batch, lr, warmup_epochs, weight_decay, layer_decay, drop_path, crop_scale, seed
     loss = lambda out, maps: F.cross_entropy(
         at_cells(encoder, out[:, encoder.num_prefix_tokens:], maps.shape[1:]), maps)
-    return learn_labels(encoder, images, parts, n_parts or int(parts.max()) + 1, '', 'segment', loss,
+    return learn_head(encoder, images, parts, n_parts or int(parts.max()) + 1, '', 'segment', loss,
                         lambda imgs, maps, step: (imgs, maps), checkpoint, log, options)
 
 # %% ../nbs/15_segment.ipynb #9a3c2752

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SPLITS', 'SYNONYMS', 'READERS', 'WORK', 'unless_killed', 'Source', 'hold_out', 'read_paths', 'reader', 'hidden',
            'folder_source', 'read_tar', 'tar_source', 'class_names', 'timm_source', 'open_source', 'decode', 'begin',
-           'decode_some', 'open_pool', 'Workers', 'Stream', 'fits', 'read_all', 'read_targets', 'ids_of', 'load_images']
+           'decode_some', 'open_pool', 'Workers', 'Stream', 'fits_in_memory', 'read_all', 'read_targets', 'ids_of',
+           'load_images']
 
 # %% ../nbs/16_sources.ipynb #0c2eab55
 import hashlib, io, math, mmap, os, signal, sys, tarfile, threading
@@ -207,10 +208,10 @@ def open_pool(n, *work):
 # %% ../nbs/16_sources.ipynb #494d71d5
 class Workers:
     "Decode images into memory that processes share"
-    def __init__(self, src, ids, size, channels):
-        "Begin with slots for a gigabyte of images, and this process's share of the cores"
+    def __init__(self, src, ids, size, channels, memory=2**30): # bytes, for slots
+        "Begin with this process's share of the cores"
         self.ids, self.coming, shape = ids, {}, (channels, *size)  # image -> what decodes it, and its slot
-        room = min(len(ids), max(1, 2**30//math.prod(shape)))
+        room = min(len(ids), max(1, memory//math.prod(shape)))
         self.slots = np.frombuffer(mmap.mmap(-1, room*math.prod(shape)), np.uint8).reshape(room, *shape)
         self.free, cores = list(range(room)), os.cpu_count()//int(os.environ.get('LOCAL_WORLD_SIZE', 1))
         self.pool = open_pool(min(max(1, cores), -(-len(ids)//8)), src, size, channels, self.slots)
@@ -290,7 +291,7 @@ class Stream:
         return repr((self.shape, [self.src.names[i] for i in self.ids], files)).encode()
 
 # %% ../nbs/16_sources.ipynb #6847dc5a
-def fits(size):
+def fits_in_memory(size):
     "Say whether so many bytes take less than half of the memory, the GPU's and a container's included"
     room, limit = os.sysconf('SC_PHYS_PAGES')*os.sysconf('SC_PAGE_SIZE'), Path('/sys/fs/cgroup/memory.max')
     if limit.is_file() and limit.read_text().strip().isdigit():
@@ -337,7 +338,7 @@ def load_images(source: str,        # an image folder, a tar of one, or timm's n
     src = open_source(source, root)
     each = [ids_of(src, split, limit) for split in splits]
     if stream is None:
-        stream = not fits(sum(map(len, each))*channels*math.prod(size))
+        stream = not fits_in_memory(sum(map(len, each))*channels*math.prod(size))
     out = []
     for ids in each:
         images = Stream(src, ids, size, channels)

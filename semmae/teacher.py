@@ -144,18 +144,18 @@ class Distiller(nn.Module):
         "Return the loss, and what the teacher answered"
         with torch.no_grad():
             scores = scores_of(self.teacher, large, hide)
-            whole, patches = (balance(x, sharp) if self.balanced else ((x - c)/sharp).softmax(1)
+            answers, hidden = (balance(x, sharp) if self.balanced else ((x - c)/sharp).softmax(1)
                               for x, c in zip(scores, self.centres))
         student = scores_of(self.student, large, hide, self.token)
         mine, painted = ((x/soft).log_softmax(1) for x in student)
-        (a, b), (p, q) = whole.chunk(2), mine.chunk(2)
+        (a, b), (p, q) = answers.chunk(2), mine.chunk(2)
         pairs = [cross(a, q), cross(b, p)]
         if len(small):
             words = self.student['head'](encode(self.student['encoder'], small, ids)[:, 0]).float()
             pairs += [cross(t, w) for w in (words/soft).log_softmax(1).split(len(a)) for t in (a, b)]
         rare = 1/hide.sum(1, keepdim=True).expand_as(hide)[hide]  # an image counts once
-        masked = (cross(patches, painted)*rare).sum()/len(hide)
-        sums = Sums(torch.stack([s.sum(0) for s in scores]), whole.new_tensor([len(whole), len(patches)]),
+        masked = (cross(hidden, painted)*rare).sum()/len(hide)
+        sums = Sums(torch.stack([s.sum(0) for s in scores]), answers.new_tensor([len(answers), len(hidden)]),
                     torch.stack([a.sum(0), b.sum(0)]), (a*b).sum())
         return torch.stack(pairs).mean() + masked, sums
 

@@ -221,32 +221,32 @@ class Recorded:
     def __init__(self, step, state): # tensors -> a tensor; what returns all tensors that a step changes
         self.step, self.state, self.records = step, state, {}
 
-    def __call__(self, *seen):
-        shapes = tuple(x.shape for x in seen)
+    def __call__(self, *inputs):
+        shapes = tuple(x.shape for x in inputs)
         if shapes not in self.records:
-            self.records[shapes] = self.record([x.clone() for x in seen])
+            self.records[shapes] = self.record([x.clone() for x in inputs])
         graph, mine, out = self.records[shapes]
-        for a, b in zip(mine, seen):
+        for a, b in zip(mine, inputs):
             a.copy_(b)
         graph.replay()
         return out.clone()
 
-    def record(self, seen):
+    def record(self, inputs):
         "Record a step: its graph, the tensors it works on, its result; recording leaves no trace"
         before, side = {id(x): x.detach().clone() for x in self.state()}, torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # what is compiled or allocated at a first step must not be recorded
             for _ in range(3):
-                self.step(*seen)
+                self.step(*inputs)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            out = self.step(*seen)
+            out = self.step(*inputs)
         with torch.no_grad():
             for x in self.state():
                 # what an optimiser remembers begins at zero
                 x.copy_(before[id(x)]) if id(x) in before else x.zero_()
-        return graph, seen, out
+        return graph, inputs, out
 
 # %% ../nbs/07_train.ipynb #07aa3249
 def run_epochs(learn,             # from (step, its learning rate) to this process's share of the loss

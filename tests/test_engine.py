@@ -150,7 +150,7 @@ def test_a_checkpoint_of_other_parameters_is_not_continued(whole, tmp_path, othe
 
 
 def test_nor_of_other_data_or_code(tmp_path):
-    key = lambda images, maps, **kw: run_key('pretrain', images, maps, lr=1., **kw)
+    key = lambda images, maps, module='pretrain', **kw: run_key(module, images, maps, lr=1., **kw)
     images, maps = IMAGES.clone(), MAPS.clone()
     images[3, 0, 5, 5] += 1
     maps[3, 1, 1] += 1
@@ -162,6 +162,12 @@ def test_nor_of_other_data_or_code(tmp_path):
             f.write('# another\n')
         keys.add(key(IMAGES, MAPS, code=tmp_path/module))
     assert len(keys) == 6, 'an edited kernel is other code, an edited plot is not'
+    shutil.copytree(ROOT/'semmae', tmp_path/'again')
+    with open(tmp_path/'again/segment.py', 'a') as f:
+        f.write('# another\n')
+    changed = {module for module in ('pretrain', 'finetune', 'segment', 'teacher')
+               if key(IMAGES, MAPS, module) != key(IMAGES, MAPS, module, code=tmp_path/'again')}
+    assert changed == {'segment'}, 'which fine-tuning does not run'
 
 
 def test_a_stream_gives_what_memory_gives(whole, tmp_path):

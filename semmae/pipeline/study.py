@@ -23,8 +23,8 @@ from ..parts import SOURCES
 from .data import load_data
 from .encoders import open_teacher
 from .guide import guide_kind, make_guide
-from .params import changed, check_profile, defaults_of, pick, read_params, read_yaml
-from .settings import Seed, check_types, model_of, profile_model
+from .params import changed, defaults_of, pick, read_params, read_yaml
+from .settings import Seed, check_profile, check_types, model_of, profile_model
 from .stages import best_device, device_name
 from .train import fresh_mae
 from .tune import tune

@@ -14,7 +14,7 @@ from ..core import file_hash, write_json
 from ..evaluate import accuracy, compare, features, knn, whiten
 from ..images import normalize
 from .data import load_data
-from .encoders import check_labels, make_of, open_teacher
+from .encoders import check_shares, make_of, open_teacher
 from .params import read_params
 from .stages import best_device, write_csv
 from ..teacher import distil
@@ -57,7 +57,7 @@ def teacher_stage(root, profile=None):
         (out/old).unlink(missing_ok=True)
     device, encoders, history, about = join(best_device()), {}, None, {}
     splits = [d.to(device) for d in load_data(cfg, root)]
-    check_labels(cfg, splits[0])
+    check_shares(cfg, splits[0])
     if cfg['teacher']:
         trained = 'epochs' in cfg['teacher']
         checkpoint = Path(root)/'runs/unfinished/teacher.pt'

@@ -12,7 +12,7 @@ from ..core import file_hash, write_json
 from ..images import read_maps
 from ..mae import MAE, save_mae
 from .data import load_data
-from .encoders import check_labels, fresh_encoder, load_teacher, open_teacher
+from .encoders import check_shares, fresh_encoder, load_teacher, open_teacher
 from .guide import guide_kind, make_guide, needs
 from .params import read_params
 from .processes import run_process
@@ -59,7 +59,7 @@ def train_stage(root, profile=None, entry=MAIN):
     data, = (d.to(join(best_device())) for d in load_data(cfg, root, ['train']))
     if entry != MAIN and (reason := left_out(cfg, base, data)):
         return write_json(metrics, dict(skipped=reason))
-    check_labels(cfg, data)
+    check_shares(cfg, data)
     mae, checkpoint = fresh_mae(cfg), Path(root)/f'runs/unfinished/train-{entry}.pt'
     guide = guide_of(cfg, base, data, root)
     history = pretrain(mae, data.images, guide, **cfg['pretrain'], seed=cfg['seed'], checkpoint=checkpoint)
