@@ -185,11 +185,12 @@ def test_what_only_a_stage_can_know_is_named(done, stage, old, new, named):
         stage(done[0])
 
 
-def test_a_stage_that_is_killed_says_so(tmp_path):
-    "As the kernel of a machine does when memory is short"
+@pytest.mark.parametrize('code', ['import os, signal\nos.kill(os.getpid(), signal.SIGKILL)',
+                                  'import torch\ntorch.empty(10**15)'], ids=['killed', 'refused'])
+def test_a_stage_without_enough_memory_says_so(tmp_path, code):
+    "Whether it is killed, as the kernel of a machine does, or what it asks for is refused"
     (tmp_path/'nbs/pipeline').mkdir(parents=True)
-    cell = new_code_cell('import os, signal\nos.kill(os.getpid(), signal.SIGKILL)')
-    nbformat.write(new_notebook(cells=[cell]), tmp_path/'nbs/pipeline/train.ipynb')
+    nbformat.write(new_notebook(cells=[new_code_cell(code)]), tmp_path/'nbs/pipeline/train.ipynb')
     out = sh(tmp_path, f'PYTHONPATH={ROOT} python -m semmae.pipeline.run train', ok=False)
     assert out.returncode != 0 and '`batch`' in out.stdout.splitlines()[-1]
 

@@ -6,8 +6,10 @@ import subprocess
 import urllib.error
 import urllib.request
 
+import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from conftest import ROOT, free_port, sh, wait_for
 
@@ -27,6 +29,18 @@ def small(command):
     "The same command for the small profile that the clone is at"
     return command.replace('profiles.tiny', 'profiles.smoke')
 
+
+def shrink_cifar10(project):
+    "Make the profile `cifar10` and its study small, with images in CIFAR-10's format"
+    images = torch.randint(256, (600, 32, 32, 3), generator=generator(0), dtype=torch.uint8).numpy()
+    np.savez(project/'cifar.npz', images=images, labels=np.arange(600) % 10)
+    params = yaml.safe_load((project/'params.yaml').read_text())
+    params['profiles']['cifar10'] = params['profiles']['smoke'] | dict(
+        data=dict(source='cifar.npz', size=[32, 32]))
+    params['studies']['cifar10'] = dict(profile='cifar10', results='runs/rows.jsonl',
+                                        rows=[dict(entries=['random'], seeds=[0])])
+    (project/'params.yaml').write_text(yaml.safe_dump(params))
+
 def test_the_two_commands():
     assert BASH[:2] == [SETUP + 'dvc repro', SETUP + 'OMP_NUM_THREADS=1 nbdev_test && pytest']
     run = (ROOT/'.ci/run').read_text()
@@ -34,7 +48,7 @@ def test_the_two_commands():
 
 # test_pipeline.py runs these
 ELSEWHERE = ['dvc repro', 'dvc params diff', 'dvc metrics show', 'dvc metrics diff', 'dvc plots diff',
-             'dvc exp run -S profiles.tiny.pretrain.masking.ratio=0.6', 'dvc exp run -S profile=cifar10']
+             'dvc exp run -S profiles.tiny.pretrain.masking.ratio=0.6']
 SHORT = [c for c in BASH[2:] if not c.startswith(('jupyter', 'nbdev_test')) and c not in ELSEWHERE]
 
 @pytest.mark.parametrize('command', SHORT)
@@ -46,11 +60,17 @@ def test_command(project, command, tmp_path, monkeypatch):
                                               dtype=torch.uint8)):
             Image.fromarray(few.numpy()).resize((70, 64)).save(tmp_path/'photos'/f'{i}.jpg')
         command += " -S profiles.smoke.pretrain.batch=16 -S '~trainings.random' -S '~trainings.untrained'"
+    if 'profile=cifar10' in command:
+        shrink_cifar10(project)
+        command += ' parts'  # nothing after it knows of the source
     if 'source=given' in command:
         command += ' train@semmae'   # the stages that differ; photos go to the end
     sh(project, small(command))
     if 'photos' in command:
         assert 'semmae' not in read_json(project/'runs/metrics/probe.json'), 'there are no classes'
+    if 'profile=cifar10' in command:
+        assert read_json(project/'runs/metrics/parts.json')['images'] == 100
+    if 'photos' in command or 'profile=' in command:
         sh(project, 'git checkout -q . && dvc checkout -q --force')
     sh(project, 'git checkout -q . && git clean -qfd')
 
@@ -75,15 +95,19 @@ def test_jupyterlab_opens(project):
 @pytest.mark.parametrize('command', LARGE, ids=['study', 'benchmark', 'torchrun'])
 def test_command_for_a_gpu(project, command):
     "As it stands, with what needs a GPU or hours made small"
-    smaller = {'--minutes 9': '--minutes 0',
-               "'nbs/studies/gpu.json', checkout='../mae'": "'runs/gpu.json', size='toy', blocks=['parts']",
+    smaller = {"'nbs/studies/gpu.json', checkout='../mae'": "'runs/gpu.json', size='toy', blocks=['parts']",
                '--nnodes=2 --nproc-per-node=8': '--nnodes=1 --nproc-per-node=2',
                'HOST:29400': f'127.0.0.1:{free_port()}', 'train . cifar10': 'train . smoke'}
     small = command
     for old, new in smaller.items():
         small = small.replace(old, new)
-    assert small != command
+    if 'study' in command:
+        shrink_cifar10(project)
     sh(project, small)
+    if 'study' in command:
+        assert len((project/'runs/rows.jsonl').read_text().splitlines()) == 1
+    else:
+        assert small != command
     sh(project, 'git checkout -q . && git clean -qfd')
 
 

@@ -11,13 +11,21 @@ import yaml
 from conftest import ROOT, make_photos
 
 from semmae.core import SemmaeError
-from semmae.pipeline.params import read_params, read_yaml
+from semmae.evaluate import score
+from semmae.finetune import finetune
+from semmae.mae import MAE
+from semmae.parts import SOURCES
+from semmae.pipeline.params import defaults_of, read_params, read_yaml
 from semmae.pipeline.parts import parts_stage
 from semmae.pipeline.settings import check_params
 from semmae.pipeline.study import read_study, rows_of
 from semmae.pipeline.teacher import teacher_stage
 from semmae.pipeline.train import train_stage
 from semmae.pipeline.tune import finetune_stage, segment_stage
+from semmae.pretrain import pretrain
+from semmae.segment import segment
+from semmae.sources import load_images
+from semmae.vit import make_encoder
 
 PROFILES = list(read_yaml(ROOT/'params.yaml')['profiles'])
 MICRO = dict(
@@ -157,6 +165,16 @@ def test_every_profile_is_right(profile):
 def test_a_profile_that_is_not_there_is_named():
     with pytest.raises(SemmaeError, match='profiles.huge'):
         read_params(ROOT/'params.yaml', 'huge')
+
+
+@pytest.mark.parametrize('profile', PROFILES)
+def test_no_value_repeats_a_default(profile):
+    cfg = read_yaml(ROOT/'params.yaml')['profiles'][profile]
+    declared = dict(data=load_images, encoder=make_encoder, decoder=MAE, pretrain=pretrain, probe=score,
+                    finetune=finetune, segment=segment, parts=SOURCES.get(cfg['parts']['source'], score))
+    for block, function in declared.items():
+        same = {k: v for k, v in defaults_of(function).items() if cfg[block].get(k, 'not there') == v}
+        assert not same.keys() - {'masking'}, block
 
 
 @pytest.mark.parametrize('entry', read_yaml(ROOT/'params.yaml')['ablations'])

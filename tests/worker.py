@@ -20,7 +20,7 @@ from semmae.segment import segment
 from semmae.train import join, world
 from semmae.vit import make_encoder
 
-torch.cpu._is_avx512_bf16_supported = lambda: False  # the same numbers on every processor
+torch.cpu._is_avx512_bf16_supported = lambda: False  # sums of other orders differ much in bfloat16
 
 IMAGES = torch.randint(0, 256, (70, 3, 32, 32), dtype=torch.uint8, generator=generator('images'))
 STREAM = Stream(Source([f'{i}' for i in range(70)], ['train']*70,

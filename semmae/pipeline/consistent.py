@@ -138,7 +138,8 @@ def take_views(images, encoder, blocks=None, share=.35, pastes=2, seed=0):
     parts, x, front = learn_foreground(images, encoder, blocks, share, gen)
     cells_of = lambda images: torch.cat([parts.cells(tokens(outputs))
                                          for outputs in batched_outputs(encoder, images, parts.blocks)])
-    mirrored = lambda images: cells_of(images.flip(3)).flip(2)  # every cell at its place in the image as it was
+    # every cell at its place in the image as it was
+    mirrored = lambda images: cells_of(images.flip(3)).flip(2)
     pasted = [(cells_of if k % 2 else mirrored)(paste(images, front, gen)) for k in range(pastes)]
     return parts, front, torch.stack([x, mirrored(images), *pasted]).flatten(2, 3)
 

@@ -26,8 +26,9 @@ def fresh_encoder(cfg):
 
 def open_teacher(options, root):
     "Open the pretrained encoder that `teacher` names; a file of weights may lie in the project's folder"
-    weights = options.get('weights')
-    return open_encoder(**options | (dict(weights=find_path('teacher.weights', weights, root)) if weights else {}))
+    if weights := options.get('weights'):
+        options = options | dict(weights=find_path('teacher.weights', weights, root))
+    return open_encoder(**options)
 
 def in_words(encoder):
     "Say what tells encoders apart"

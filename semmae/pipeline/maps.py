@@ -6,6 +6,8 @@
 __all__ = ['used', 'make_parts']
 
 # %% ../../nbs/pipeline/glue/06_maps.ipynb #30f7441e
+from inspect import Parameter
+
 from .. import learn, paper  # which register sources of parts, as the next two do
 from ..core import check, find_path, options_of
 from ..images import read_maps, some_images
@@ -14,8 +16,10 @@ from . import consistent, two_level
 
 # %% ../../nbs/pipeline/glue/06_maps.ipynb #4005ecb9
 def used(source, options):
-    "Keep the options that a source uses: others of `parts` may stay, so that one word changes the source"
-    return {k: v for k, v in options.items() if source in SOURCES and k in options_of(SOURCES[source])}
+    "Return the options of a source, some of which are given; others of `parts` may stay for other sources"
+    own = options_of(SOURCES[source]) if source in SOURCES else {}
+    found = {k: options.get(k, default) for k, (_, default) in own.items()}
+    return {k: v for k, v in found.items() if v is not Parameter.empty}
 
 def make_parts(splits,          # name -> ImageSet
                source,          # given, a folder, or one of SOURCES

@@ -145,10 +145,10 @@ INSIDE = {'Ward': ('ward', 5), 'k-means in the image': ('k_means', 4), 'place': 
 def few_maps(root, cfg, n=300):
     "Return a few test images, and by name their true parts, their maps in runs/parts, and those of baselines"
     train, test = load_data(cfg, root, ['train', 'test'])
-    source, options = cfg['parts']['source'], {k: v for k, v in cfg['parts'].items() if k != 'source'}
+    source, options = cfg['parts']['source'], used(cfg['parts']['source'], cfg['parts']) | cfg['parts']
     few = lambda d: d.images[torch.arange(min(n, len(d)))]
     maps = {source: read_maps(Path(root)/'runs/parts', 'test', test.images)[:n]}
-    if source in SOURCES and SOURCES[source].sees and 'n_parts' in options:
+    if source in SOURCES and SOURCES[source].sees and options.get('n_parts'):
         clusters = {k: dict(source='clusters', by=by, n_parts=n_parts) for k, (by, n_parts) in INSIDE.items()}
         beside = clusters | {'heads': dict(source='heads'),  # which look at most parts at the last block
                              'k-means': dict(source='k_means', **used('k_means', options))}

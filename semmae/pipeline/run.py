@@ -10,6 +10,7 @@ import os, re, sys, time
 from pathlib import Path
 
 from ..core import SemmaeError, check, die_with_parent, write_json
+from .processes import NO_MEMORY, short_of_memory
 from .stages import best_device, device_name
 
 # %% ../../nbs/pipeline/glue/16_run.ipynb #7d31e005
@@ -44,10 +45,10 @@ def run_stage(name,       # a notebook of nbs/pipeline
     except papermill.PapermillExecutionError as e:
         traceback = '\n'.join(e.traceback)
         sys.exit(f'{name}: {e.evalue}' if e.ename == 'SemmaeError'
+                 else f'{name}: {NO_MEMORY}' if short_of_memory(e.evalue)
                  else f'{name}, cell {e.exec_count}:\n{traceback}')
     except DeadKernelError:
-        sys.exit(f"{name}: its process was killed, most often for want of memory: "
-                 "lower `batch` or `data.limit` in the profile, or free some")
+        sys.exit(f'{name}: {NO_MEMORY}')
     except KeyboardInterrupt:
         sys.exit(f'{name}: stopped')
     if name != 'report':  # which shows the times of the others

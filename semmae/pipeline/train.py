@@ -34,8 +34,8 @@ def guide_of(cfg, base, train, root): # with an entry's changes, and without; an
 def left_out(cfg, base, train):
     "Say why an entry cannot be trained on these images, or need not be; None: it can"
     kind, source = guide_kind(cfg), cfg['parts']['source']
-    unseen = () if kind else ('teacher', 'parts')
-    if all(cfg[k] == base[k] for k in cfg if k not in unseen):
+    same = all(cfg[k] == base[k] for k in ('seed', 'data', 'encoder', 'decoder', 'pretrain'))
+    if same and needs(cfg, base) == needs(base, base):
         return 'it would be the main run'
     if kind == 'scores' and not cfg['teacher']:
         return "its masking looks at a teacher's attention and there is no teacher"

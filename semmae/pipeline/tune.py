@@ -58,7 +58,8 @@ def finetune_stage(root, profile=None, entry='semmae'):
     if world()[0] > 0:
         return
     true = test.targets['class']
-    write_json(out/'answers.json', dict(names=train.classes['class'], true=true.tolist(), predicted=pred.tolist()))
+    answers = dict(names=train.classes['class'], true=true.tolist(), predicted=pred.tolist())
+    write_json(out/'answers.json', answers)
     scores = dict(accuracy=accuracy(pred, true), loss=loss)
     write_json(metrics,
                dict(split='test', images=len(test), labelled=n, seed=cfg['seed'], checkpoint=key) | scores)
