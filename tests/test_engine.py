@@ -65,7 +65,7 @@ def same(a, b, tolerance):
 def test_processes_and_turns_give_what_one_gives(whole, tmp_path, n, options):
     "But for the order of sums; 3 processes do not divide a batch of 16, nor 16 the 70 images"
     several(tmp_path, n, **options)
-    same(tmp_path, whole, 1e-4)
+    same(tmp_path, whole, 5e-4)  # Adam makes much of the last digits of small gradients
 
 
 def test_gradients_are_as_long_as_those_of_one(tmp_path):
@@ -78,7 +78,7 @@ def test_gradients_are_as_long_as_those_of_one(tmp_path):
 def test_processes_learn_from_labels_what_one_learns(tmp_path):
     several(tmp_path/'one', 1, tune)
     several(tmp_path/'two', 2, tune)
-    same(tmp_path/'two', tmp_path/'one', 1e-4)
+    same(tmp_path/'two', tmp_path/'one', 1e-5)
 
 
 def test_killed_at_any_moment_and_run_again(tmp_path):
