@@ -16,7 +16,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, torch
 from scipy.stats import t as student
 
-from ..core import Count, Inner, SemmaeError, Whole, explained, find_path, tidy
+from ..core import Count, Inner, SemmaeError, Whole, check, explained, find_path, tidy
 from ..demo.draw import make_demo
 from ..evaluate import accuracy, features, knn, linear_probe, whiten
 from ..parts import SOURCES
@@ -248,7 +248,7 @@ def run_study(root, name, file,
     clock, study = Clock(minutes), read_study(root, name)
     with explained(f"{file} cannot be written", 'name another file', OSError):
         Path(file).parent.mkdir(parents=True, exist_ok=True)
-        open(file, 'a').close()
+        check(not Path(file).is_dir(), f"{file} is a folder: name a file")
     bench, results = Bench(root, study, source), study['results']
     rows = [r for r in rows_of(study) if only is None or r['entry'] in only]
     for row in rows[share[0]::share[1]]:
