@@ -21,6 +21,9 @@ from PIL import Image
 from semmae.core import generator
 from semmae.vit import make_encoder
 
+torch.cpu._is_avx512_bf16_supported = lambda: False  # the same numbers on every processor
+
+
 def pytest_collection_modifyitems(items):
     "Begin with the files that take longest, so that no process is left alone with them in the end"
     items.sort(key=lambda item: item.path.name != 'test_pipeline.py')
