@@ -186,9 +186,9 @@ def k_means_clusters(x, front, n): # (h,w,D), (h,w)
     "Return the number, from 0, of each foreground cell's cluster among n of k-means"
     return KMeans(min(n, front.sum()), n_init=4, random_state=0).fit_predict(x[front])
 
-# how to cluster, and what tokens, place and colour weigh
-WAYS = dict(place=(k_means_clusters, 0, 1, 0), k_means=(k_means_clusters, 1, 1, 0),
-            ward=(connected_clusters, 1, 1, 1))
+# how to cluster, and what tokens, place and colour weigh: as for learned parts, or place alone
+WAYS = dict(place=(k_means_clusters, 0, 1, 0), k_means=(k_means_clusters, 1, 2, 6),
+            ward=(connected_clusters, 1, 2, 6))
 
 @part_source('clusters', background=True)
 def cluster_parts(images, encoder, n_parts: Parts = 5, by: Literal[tuple(WAYS)] = 'ward',

@@ -178,7 +178,7 @@ def head_parts(images, encoder, block: Layers | None = None, seed=0):
 @part_source('k_means')
 def k_means_parts(images, encoder, n_parts: Parts, block: Layers | None = None, seed=0):
     "Take the nearest centre of k-means on directions"
-    check_parts(n_parts, next(batched_outputs(encoder, images[:1], [block]))[0].patches, least=1)
+    check_parts(n_parts, next(batched_outputs(encoder, images[:1], [block]))[0].patches)
     drawn, = cells(encoder, images, [block], seed)
     centres = k_means(F.normalize(drawn.patches, dim=1), n_parts, seed)
     return PartSource(encoder, [block], lambda images, output: nearest(output.patches, centres))

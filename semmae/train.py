@@ -131,9 +131,9 @@ def imported(source, package='semmae'): # that the source is part of
         modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom):
             name = resolve_name('.'*node.level + (node.module or ''), package)
-            inside = node.module and name != 'semmae'
-            modules = [name] if inside else [f'{name}.{a.name}' for a in node.names]
-        yield from (m.removeprefix('semmae.') for m in modules if m.startswith('semmae.'))
+            modules = [name, *[f'{name}.{a.name}' for a in node.names]]
+        named = (m.removeprefix('semmae.') for m in modules if m.startswith('semmae.'))
+        yield from (m for m in named if (CODE/f"{m.replace('.', '/')}.py").is_file())
 
 def modules_of(source, code=CODE):
     "Find the same, with what those modules import themselves: their files by name"

@@ -246,9 +246,9 @@ def border(h, w, device='cpu'):
     edge[1:-1, 1:-1] = False
     return edge
 
-def check_parts(n_parts, patches, least=2):  # (B,h,w,…)
+def check_parts(n_parts, patches):  # (B,h,w,…)
     "Refuse a number of parts that the cells which an encoder sees cannot hold"
     cells = patches.shape[1:3].numel()
-    check(least <= n_parts <= min(cells, 256),
-          f"`parts.n_parts` is {n_parts}: choose a number from {least} to the {cells} cells that the encoder "
+    check(2 <= n_parts <= min(cells, 256),
+          f"`parts.n_parts` is {n_parts}: choose a number from 2 to the {cells} cells that the encoder "
           "sees of an image (at most 256), or raise `teacher.image`")

@@ -16,7 +16,8 @@ from semmae.images import FIT, ImageSet, read_maps, resized_parts, write_maps
 from semmae.parts import (SOURCES, consistency, foreground_iou, matching, open_parts, part_source, read_cub,
                           score_images, score_keypoints, score_parts)
 from semmae.pipeline.maps import make_parts
-from semmae.pipeline.parts import called_iou, closest, control, hardest, judge_parts, regions
+from semmae.pipeline.parts import called_iou, control, hardest, judge_parts
+from semmae.pipeline.regions import closest, regions
 from semmae.pipeline.report import few_maps
 from semmae.sources import load_images
 from semmae.vit import pixels_of, save_encoder

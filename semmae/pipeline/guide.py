@@ -24,12 +24,10 @@ def guide_kind(cfg):
 def needs(cfg, base): # the profile with an entry's changes, and without
     "Name the folder that a training looks at beside its images: runs/parts, runs/teacher, another's, or data"
     kind, source, teacher = guide_kind(cfg), cfg['parts']['source'], cfg['teacher'] or {}
-    if kind is None:
+    if kind is None or kind == 'parts' and not (source in SOURCES and SOURCES[source].sees):
         return 'data'
     if kind == 'parts' and cfg['parts'] == base['parts'] and cfg['teacher'] == base['teacher']:
         return 'runs/parts'
-    if kind == 'parts' and not (source in SOURCES and SOURCES[source].sees):
-        return 'data'
     if cfg['teacher'] == base['teacher']:
         return 'runs/teacher'
     folder = Path(teacher.get('weights') or 'data').parent

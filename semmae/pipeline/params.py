@@ -37,7 +37,8 @@ def changed(cfg, changes, prefix): # a profile; what is changed in which of its 
     check(isinstance(changes, dict),
           f"{prefix} is {changes!r}: write what it changes as {{block: {{key: value}}}}")
     for block, value in changes.items():
-        check(block in cfg, f"{prefix}.{block} is not known: write one of {', '.join(cfg)}")
+        check(block in cfg and block != 'profile',
+              f"{prefix}.{block} is not known: write one of {', '.join(cfg)}")
         old = cfg[block]
         if block not in ('teacher', 'parts') and isinstance(value, dict) and isinstance(old, dict):
             masking = value.get('masking')
@@ -69,6 +70,7 @@ def read_params(path,         # params.yaml
     params = read_yaml(path)
     name = profile or params.get('profile')
     cfg = pick(params, 'profiles', name, path)
+    check('profile' not in cfg, f"profiles.{name}.profile is not known: remove it")
     refuse_mistakes(cfg, f'profiles.{name}', path.parent)
     if entry is not None:
         cfg = changed(cfg, pick(params, 'ablations', entry, path), f'ablations.{entry}')

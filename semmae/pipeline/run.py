@@ -41,7 +41,8 @@ def run_stage(name,       # a notebook of nbs/pipeline
     try:
         papermill.execute_notebook(source, f'runs/{name}.ipynb', parameters=parameters, kernel_name='python3',
                                    cwd=source.parent, progress_bar=False, stdout_file=sys.stdout,
-                                   stderr_file=sys.stderr, extra_arguments=['--IPKernelApp.log_level=CRITICAL'])
+                                   stderr_file=sys.stderr,
+                                   extra_arguments=['--IPKernelApp.log_level=CRITICAL'])
     except papermill.PapermillExecutionError as e:
         traceback = '\n'.join(e.traceback)
         sys.exit(f'{name}: {e.evalue}' if e.ename == 'SemmaeError'

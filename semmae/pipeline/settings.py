@@ -6,7 +6,7 @@
 __all__ = ['Seed', 'STRICT', 'WORDS', 'RULES', 'model_of', 'typed_key', 'teacher_model', 'parts_model', 'decoder_model',
            'masking_model', 'profile_model', 'model_in', 'fields_at', 'sentences', 'check_types', 'check_models',
            'check_optimizer', 'check_teacher', 'check_guide', 'check_batches', 'check_compiling', 'check_warm_ups',
-           'check_profile', 'check_training', 'check_params']
+           'mistakes', 'check_profile', 'check_training', 'check_params']
 
 # %% ../../nbs/pipeline/glue/08_settings.ipynb #7cd1e003
 import json
@@ -200,9 +200,9 @@ def check_batches(cfg, root):
     "See that batches can be cut"
     n, train = cfg['processes'], cfg['pretrain']
     turns = n*train.get('accumulate', 1)
-    check(train.get('batch', turns) >= turns,
+    check((defaults_of(pretrain) | train)['batch'] >= turns,
           f"`pretrain.batch` cannot be cut into {turns} shares of {n} processes: raise it")
-    tune = cfg['finetune'].get('batch', 2*n)
+    tune = (defaults_of(finetune) | cfg['finetune'])['batch']
     check(tune % (2*n) == 0,
           f"`finetune.batch` is {tune}, and images are mixed in pairs in {n} processes: "
           f"choose a multiple of {2*n}")
@@ -229,15 +229,20 @@ def check_warm_ups(cfg, root):
 RULES = (check_models, check_optimizer, check_teacher, check_guide, check_batches, check_compiling,
          check_warm_ups)
 
+def mistakes(check, *each):
+    "Return the sentences with which a check refuses some of many"
+    found = []
+    for some in each:
+        try:
+            check(*some)
+        except SemmaeError as e:
+            found.append(str(e))
+    return found
+
 def check_profile(cfg, prefix, root):
     "Refuse a profile in which anything is wrong"
     check_types(cfg, prefix, profile_model(cfg))
-    found = []
-    for rule in RULES:
-        try:
-            rule(cfg, root)
-        except SemmaeError as e:
-            found.append(str(e))
+    found = mistakes(lambda rule: rule(cfg, root), *zip(RULES))
     check(not found, f"{prefix}: {'; '.join(found)}")
 
 # %% ../../nbs/pipeline/glue/08_settings.ipynb #7cd1e016
@@ -250,6 +255,8 @@ def check_training(params, cfg, name, given, path):
           f"ablations.{name} changes `teacher` and not `parts`: write both")
     check('epochs' not in (made['teacher'] or {}) or made['teacher'] == cfg['teacher'],
           f"ablations.{name} trains a teacher: name one, or give `teacher.weights`")
+    check('data' not in changes,
+          f"ablations.{name} changes `data`, and trainings are compared on the same images: make a profile")
     needed = needs(made, cfg)
     enough = needed in ('data', given) or (needed, given) == ('runs/teacher', 'runs/parts')
     check(enough, f"trainings.{name} is {given!r}, and its masking looks at {needed}: write that")
@@ -261,8 +268,8 @@ def check_params(path, profile=None):
     trainings, tuned = params.get('trainings'), params.get('tuned')
     check(isinstance(trainings, dict) and 'semmae' in trainings,
           f"{path} has no `trainings.semmae`, which the report is about: write {{semmae: runs/parts}}")
-    for training, given in trainings.items():
-        check_training(params, cfg, training, given, path)
+    found = mistakes(lambda name, given: check_training(params, cfg, name, given, path), *trainings.items())
     known = isinstance(tuned, list) and all(isinstance(k, str) and k in trainings for k in tuned)
-    check(known and 0 < len(tuned) == len(set(tuned)),
-          f"`tuned` is {tuned!r}: write a list of some of {', '.join(trainings)}, each once")
+    if not known or not 0 < len(tuned) == len(set(tuned)):
+        found.append(f"`tuned` is {tuned!r}: write a list of some of {', '.join(trainings)}, each once")
+    check(not found, '; '.join(found))

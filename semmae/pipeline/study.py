@@ -124,7 +124,7 @@ def judge(encoder, splits, # ImageSets: train, val, test
     return out
 
 def dense_iou(encoder, splits, seed):
-    "Mean IoU of true parts that a linear head finds at every patch of test images"
+    "Return the mean IoU of true parts that a linear head finds at every patch of test images"
     train, val, test = splits
     n_parts = int(max(d.parts.max() for d in splits)) + 1
     model = linear_head(encoder, train, val, n_parts, seed=seed)

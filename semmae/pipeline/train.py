@@ -35,7 +35,7 @@ def left_out(cfg, base, train):
     "Say why an entry cannot be trained on these images, or need not be; None: it can"
     kind, source = guide_kind(cfg), cfg['parts']['source']
     same = all(cfg[k] == base[k] for k in ('seed', 'data', 'encoder', 'decoder', 'pretrain'))
-    if same and needs(cfg, base) == needs(base, base):
+    if same and (kind is None or needs(cfg, base) == needs(base, base) != 'data'):
         return 'it would be the main run'
     if kind == 'scores' and not cfg['teacher']:
         return "its masking looks at a teacher's attention and there is no teacher"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np, torch
 
-from ..core import atomic, file_hash, read_json, write_json
+from ..core import atomic, check, file_hash, read_json, write_json
 from ..evaluate import accuracy
 from ..finetune import classified, finetune
 from ..images import ImageSet, few_labels
@@ -22,12 +22,12 @@ from ..segment import linear_head, part_iou, segment, segmented
 from ..train import join, world
 
 # %% ../../nbs/pipeline/glue/13_tune.ipynb #7d11e005
-def trained(root, cfg, entry):
+def trained(root, profile, entry):
     "Load the encoder of a training, and its hash; None where it was left out"
     if 'skipped' in read_json(f'{root}/runs/metrics/train/{entry}.json'):
         return None
     file = Path(root)/f'runs/train/{entry}/encoder.safetensors'
-    return load_like(file, fresh_encoder(cfg)), file_hash(file)
+    return load_like(file, fresh_encoder(read_params(f'{root}/params.yaml', profile, entry))), file_hash(file)
 
 def take_labels(options):
     "Take the share of labels out of a block's options"
@@ -37,6 +37,7 @@ def take_labels(options):
 def tune(cfg, encoder, train, test, # ImageSets
          checkpoint=None, log=print):
     "Fine-tune an encoder on classes; its answers to the test images, its last loss, how many labels"
+    check(train.classes, "the images have no classes to fine-tune on: set `tuned` to false")
     (share, options), names = take_labels(cfg['finetune']), train.classes['class']
     ids = few_labels(train.targets['class'], share, cfg['seed'], names)
     images, classes = train.images[ids], train.targets['class'][ids]
@@ -49,7 +50,7 @@ def finetune_stage(root, profile=None, entry='semmae'):
     cfg, out = read_params(f'{root}/params.yaml', profile), Path(root)/'runs/finetune'/entry
     metrics = f'{root}/runs/metrics/finetune/{entry}.json'
     out.mkdir(parents=True, exist_ok=True)
-    device, found = join(best_device()), trained(root, cfg, entry)
+    device, found = join(best_device()), trained(root, profile, entry)
     train, test = (d.to(device) for d in load_data(cfg, root, ['train', 'test']))
     if not train.targets or not found:
         return write_json(metrics, {})
@@ -70,7 +71,7 @@ def segment_stage(root, profile=None, entry='semmae'):
     cfg, out = read_params(f'{root}/params.yaml', profile), Path(root)/'runs/segment'/entry
     metrics = f'{root}/runs/metrics/segment/{entry}.json'
     out.mkdir(parents=True, exist_ok=True)
-    device, found = join(best_device()), trained(root, cfg, entry)
+    device, found = join(best_device()), trained(root, profile, entry)
     train, val, test = (d.to(device) for d in load_data(cfg, root))
     if train.parts is None or not found:
         return write_json(metrics, {})
