@@ -62,14 +62,16 @@ def test_command(project, command, tmp_path, monkeypatch):
         command += " -S profiles.smoke.pretrain.batch=16 -S '~trainings.random' -S '~trainings.untrained'"
     if 'profile=cifar10' in command:
         shrink_cifar10(project)
-        command += ' parts'  # nothing after it knows of the source
+        command += ' teacher'  # nothing after it knows of the source
+    if 'gamma_3' in command:
+        command += ' train@gamma_3'
     if 'source=given' in command:
         command += ' train@semmae'   # the stages that differ; photos go to the end
     sh(project, small(command))
     if 'photos' in command:
         assert 'semmae' not in read_json(project/'runs/metrics/probe.json'), 'there are no classes'
     if 'profile=cifar10' in command:
-        assert read_json(project/'runs/metrics/parts.json')['images'] == 100
+        assert read_json(project/'runs/metrics/teacher.json')['images'] == 100
     if 'photos' in command or 'profile=' in command:
         sh(project, 'git checkout -q . && dvc checkout -q --force')
     sh(project, 'git checkout -q . && git clean -qfd')
