@@ -71,7 +71,7 @@ def decoder(kind, apart=False): # whether hidden patches are painted apart from 
 @decoder('self')
 class SelfDecoder(Decoder):
     "Let kept and hidden tokens attend to one another"
-    block = partial(Block, qkv_bias=True, norm_layer=NORM)
+    block = staticmethod(partial(Block, qkv_bias=True, norm_layer=NORM))
 
     def attend(self, kept, hidden):
         x = torch.cat([kept, hidden], 1)  # (B,prefix+L,W)
@@ -82,7 +82,7 @@ class SelfDecoder(Decoder):
 @decoder('cross', apart=True)
 class CrossDecoder(Decoder):
     "Let hidden tokens look at kept ones"
-    block = partial(CrossBlock, norm=NORM)
+    block = staticmethod(partial(CrossBlock, norm=NORM))
 
     def attend(self, kept, hidden):
         for block in self.blocks:

@@ -11,6 +11,7 @@ __all__ = ['Seed', 'STRICT', 'WORDS', 'RULES', 'model_of', 'typed_key', 'teacher
 # %% ../../nbs/pipeline/glue/08_settings.ipynb #7cd1e003
 import json
 from difflib import get_close_matches
+from functools import partial
 from inspect import Parameter
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -229,12 +230,12 @@ def check_warm_ups(cfg, root):
 RULES = (check_models, check_optimizer, check_teacher, check_guide, check_batches, check_compiling,
          check_warm_ups)
 
-def mistakes(check, *each):
-    "Return the sentences with which a check refuses some of many"
+def mistakes(rules):
+    "Return the sentences with which some of many rules refuse what they look at"
     found = []
-    for some in each:
+    for rule in rules:
         try:
-            check(*some)
+            rule()
         except SemmaeError as e:
             found.append(str(e))
     return found
@@ -242,7 +243,7 @@ def mistakes(check, *each):
 def check_profile(cfg, prefix, root):
     "Refuse a profile in which anything is wrong"
     check_types(cfg, prefix, profile_model(cfg))
-    found = mistakes(lambda rule: rule(cfg, root), *zip(RULES))
+    found = mistakes(partial(rule, cfg, root) for rule in RULES)
     check(not found, f"{prefix}: {'; '.join(found)}")
 
 # %% ../../nbs/pipeline/glue/08_settings.ipynb #7cd1e016
@@ -268,7 +269,8 @@ def check_params(path, profile=None):
     trainings, tuned = params.get('trainings'), params.get('tuned')
     check(isinstance(trainings, dict) and 'semmae' in trainings,
           f"{path} has no `trainings.semmae`, which the report is about: write {{semmae: runs/parts}}")
-    found = mistakes(lambda name, given: check_training(params, cfg, name, given, path), *trainings.items())
+    found = mistakes(partial(check_training, params, cfg, name, given, path)
+                     for name, given in trainings.items())
     known = isinstance(tuned, list) and all(isinstance(k, str) and k in trainings for k in tuned)
     if not known or not 0 < len(tuned) == len(set(tuned)):
         found.append(f"`tuned` is {tuned!r}: write a list of some of {', '.join(trainings)}, each once")
