@@ -135,10 +135,10 @@ def imported(source, package='semmae'): # that the source is part of
         named = (m.removeprefix('semmae.') for m in modules if m.startswith('semmae.'))
         yield from (m for m in named if (CODE/f"{m.replace('.', '/')}.py").is_file())
 
-def modules_of(source, code=CODE):
+def modules_of(source, code=CODE, without=()): # names that are not followed
     "Find the same, with what those modules import themselves: their files by name"
     found, todo = {}, set(imported(source))
-    while todo:
+    while todo := todo - {*without}:
         name = todo.pop()
         found[name] = code/f"{name.replace('.', '/')}.py"
         package = f'semmae.{name}'.rpartition('.')[0]
