@@ -13,13 +13,16 @@ import torch
 import yaml
 from conftest import ROOT, environment, sh, wait_for
 from nbformat.v4 import new_code_cell, new_notebook
+from worker import answer
 
 from semmae.core import SemmaeError, file_hash
 from semmae.pipeline.code import write_code
-from semmae.pipeline.processes import launch
+from semmae.pipeline.processes import launch, side_by_side
+from semmae.pipeline.ship import ship
 from semmae.pipeline.teacher import teacher_stage
 from semmae.pipeline.train import train_stage
 from semmae.pipeline.tune import finetune_stage, segment_stage
+from semmae.vit import load_encoder
 
 RESULTS = ['runs/teacher/encoder.safetensors', 'runs/teacher/history.csv', 'runs/parts/train.npy',
            'runs/metrics/teacher.json', 'runs/metrics/parts.json', 'runs/train/semmae/encoder.safetensors',
@@ -37,7 +40,10 @@ def done(project):
     "The clone after `dvc repro`, and what that printed; put back as it was when the test ends"
     before = times(project)
     yield project, (project/'.git/repro.log').read_text()
-    changed = times(project) != before
+    after = times(project)
+    changed = after != before
+    for p in after.keys() - before.keys():
+        p.unlink()
     sh(project, 'git checkout -q . && git clean -qfd')
     if changed:
         sh(project, 'dvc checkout -q --force')
@@ -84,7 +90,10 @@ def test_every_score_says_what_it_was_measured_on(done):
                 and scores['images'] == 280 and scores['seed'] == 0), name
         assert (scores['checkpoint'] if name != 'probe'
                 else scores['checkpoints'].keys() == set(TRAININGS)), name
-    assert 0 < found['finetune@semmae']['accuracy'] < 1 and 0 < found['segment@semmae']['frozen'] < 1
+    tuned = found['finetune@semmae']['labels']
+    assert 0 < tuned['0.5']['labelled'] < 280 and 0 < tuned['0.5']['accuracy'] < 1
+    for row in (found['segment@semmae'][k] for k in ('frozen', 'tuned', 'background')):
+        assert 0 < row['low'] < row['iou'] < row['high'] < 1
 
 
 def test_a_training_without_what_it_needs_is_left_out(done):
@@ -94,6 +103,23 @@ def test_a_training_without_what_it_needs_is_left_out(done):
     assert 'skipped' in json.loads((project/'runs/metrics/train/inter.json').read_text())
     finetune_stage(project, 'smoke', 'inter')
     assert json.loads((project/'runs/metrics/finetune/inter.json').read_text()) == {}
+    train_stage(project, 'smoke', 'mae_400')
+    why = json.loads((project/'runs/metrics/train/mae_400.json').read_text())['skipped']
+    assert 'data/mae' in why, 'the weights there are of another encoder'
+
+
+def test_a_training_is_kept_and_another_begins_with_it(done):
+    project, _ = done
+    ship(project, 'smoke', 'semmae', project/'runs/kept')
+    about = json.loads((project/'runs/kept/about.json').read_text())
+    assert about['config']['pretrain']['epochs'] == 3 and (project/'runs/kept/loss.csv').stat().st_size
+    set_param(project, 'start: data/mae', 'start: runs/kept')
+    train_stage(project, 'smoke', 'mae_400')
+    files = [project/f'runs/train/{k}/encoder.safetensors' for k in ('semmae', 'mae_400')]
+    assert about['checkpoint'] == file_hash(files[0])
+    long, rounded = (load_encoder(f).state_dict() for f in files)
+    for name, value in long.items():
+        assert torch.allclose(value, rounded[name], atol=1e-6, rtol=1e-3), name
 
 
 def test_nothing_runs_twice(done):
@@ -265,6 +291,23 @@ def test_an_interrupted_stage_goes_on_or_starts_afresh(done, log):
         assert not list(state.parent.iterdir())
 
 
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_work_is_done_side_by_side(two_threads, capsys):
+    "In processes that share the cores and say what they do"
+    assert side_by_side(answer, ['one', 'two', 'three']) == [1, 1, 1]
+    assert sorted(capsys.readouterr().out.split()) == sorted(3*['asked'] + ['one', 'two', 'three'])
+    for call in 'wrong', 'die':
+        with pytest.raises(SemmaeError):
+            side_by_side(answer, ['one', call])
+
+
 def training_stages(root):
     "What each of two processes runs below"
     for stage in teacher_stage, train_stage, finetune_stage, segment_stage:
@@ -283,5 +326,6 @@ def test_several_processes(done, monkeypatch):
     monkeypatch.setenv('PYTHONPATH', f'{project}:{Path(__file__).parent}')
     launch(training_stages, str(project), processes=2)
     after = found()
-    for f in 'train/semmae', 'finetune/semmae':  # pairs are mixed within a process
-        assert abs(after[f]['loss'] - before[f]['loss']) < .01
+    assert abs(after['train/semmae']['loss'] - before['train/semmae']['loss']) < .01
+    for share, row in after['finetune/semmae']['labels'].items():  # pairs are mixed within a process
+        assert abs(row['loss'] - before['finetune/semmae']['labels'][share]['loss']) < .01

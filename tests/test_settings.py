@@ -1,6 +1,7 @@
 "Random edits of params.yaml: each is refused in a sentence that names a key, or everything runs."
 import copy
 import json
+import os
 import random
 import sys
 from pathlib import Path
@@ -10,12 +11,12 @@ import pytest
 import yaml
 from conftest import ROOT, make_photos
 
-from semmae.core import SemmaeError
+from semmae.core import SemmaeError, options_of
 from semmae.evaluate import score
 from semmae.finetune import finetune
-from semmae.mae import MAE
+from semmae.mae import DECODERS, MAE
 from semmae.parts import SOURCES
-from semmae.pipeline.params import defaults_of, read_params, read_yaml
+from semmae.pipeline.params import read_params, read_yaml
 from semmae.pipeline.parts import parts_stage
 from semmae.pipeline.settings import check_params
 from semmae.pipeline.study import read_study, rows_of
@@ -40,7 +41,7 @@ MICRO = dict(
                   weight_decay=.05, crop_scale=[.5, 1.], clip=None, ema=None, accumulate=1,
                   optimizer='adamw'),
     probe=dict(labels=[.5]),
-    finetune=dict(labels=1., epochs=1, batch=8, lr=.001, warmup_epochs=0, mixup=.8, drop_path=.1),
+    finetune=dict(labels=[1.], epochs=1, batch=8, lr=.001, warmup_epochs=0, mixup=.8, drop_path=.1),
     segment=dict(labels=1., epochs=1, warmup_epochs=0))
 WORDS = ['', 'x', 'data', '0.5', 'é', '~no one', 'a\0b', 300*'x', None, True, False]
 NUMBERS = [0, -1, 1, 2, 3, 5, 7, 64, .3, 1.5, -.1, 1., float('inf'), float('nan')]
@@ -100,6 +101,11 @@ def fuzz_checks(folder, n, seed=0):
     "How many of `n` edits of the project's params.yaml are refused"
     rng, params = random.Random(seed), read_yaml(ROOT/'params.yaml')
     (folder/'nbs/studies/cifar10_parts').mkdir(parents=True)
+    (folder/'data').mkdir()
+    (folder/'data/teacher.safetensors').touch()
+    for weights in 'mae', 'semmae':
+        (folder/'data'/weights).mkdir()
+        (folder/'data'/weights/'encoder.safetensors').touch()
     count = 0
     for _ in range(n):
         profile = rng.choice(PROFILES)
@@ -170,11 +176,14 @@ def test_a_profile_that_is_not_there_is_named():
 @pytest.mark.parametrize('profile', PROFILES)
 def test_no_value_repeats_a_default(profile):
     cfg = read_yaml(ROOT/'params.yaml')['profiles'][profile]
-    declared = dict(data=load_images, encoder=make_encoder, decoder=MAE, pretrain=pretrain, probe=score,
-                    finetune=finetune, segment=segment, parts=SOURCES.get(cfg['parts']['source'], score))
-    for block, function in declared.items():
-        same = {k: v for k, v in defaults_of(function).items() if cfg[block].get(k, 'not there') == v}
-        assert not same.keys() - {'masking'}, block
+    source = cfg['parts']['source']
+    declared = dict(data=[load_images], encoder=[make_encoder], decoder=[MAE, *DECODERS.values()],
+                    pretrain=[pretrain], probe=[score], finetune=[finetune], segment=[segment],
+                    parts=[SOURCES[source]] if source in SOURCES else [])
+    for block, functions in declared.items():
+        same = {k for k, (_, default) in options_of(*functions).items()
+                if cfg[block].get(k, 'not there') == default}
+        assert not same - {'masking'}, block
 
 
 @pytest.mark.parametrize('entry', read_yaml(ROOT/'params.yaml')['ablations'])
@@ -187,26 +196,44 @@ def test_every_study_is_right():
         assert rows_of(read_study(ROOT, name))
 
 
-def test_all_wrong_keys_are_named_at_once(tmp_path):
+def said_of(folder, **edits):
+    "What is said of the project's params.yaml after edits; `a__b=1` changes the key b of the block a"
     params = read_yaml(ROOT/'params.yaml')
-    params['profiles']['tiny']['decoder'] |= dict(width=None, depht=2)
-    params['profiles']['tiny']['pretrain']['masking'] = dict(name='blend', ratio=2, gama=1)
-    (tmp_path/'params.yaml').write_text(yaml.safe_dump(params))
+    for place, value in edits.items():
+        *path, key = place.split('__')
+        block = params
+        for k in path:
+            block = block[k]
+        block[key] = value
+    (folder/'params.yaml').write_text(json.dumps(params))
+    os.symlink(ROOT/'data', folder/'data')
     with pytest.raises(SemmaeError) as e:
-        read_params(tmp_path/'params.yaml', 'tiny')
+        check_params(folder/'params.yaml', 'tiny')
+    return str(e.value)
+
+
+def test_all_wrong_keys_are_named_at_once(tmp_path):
+    "Of the wrong type, unknown, wrong beside others, in trainings and in what is fine-tuned"
+    said = said_of(tmp_path, profiles__tiny__decoder__width=None, profiles__tiny__decoder__depht=2,
+                   profiles__tiny__pretrain__masking=dict(name='blend', ratio=2, gama=1),
+                   profiles__tiny__processes=7, profiles__tiny__segment__warmup_epochs=9,
+                   ablations__random=dict(pretrian={}, decodr={}), ablations__heads=dict(seed='x'),
+                   trainings__nobody='data', tuned=['semme'], studis={})
     for key in ('decoder.width', 'decoder.depht', 'pretrain.masking.ratio', 'pretrain.masking.gama'):
-        assert f'profiles.tiny.{key} ' in str(e.value)
-    assert 'depth' in str(e.value) and 'gamma' in str(e.value), 'the nearest known key'
+        assert f'profiles.tiny.{key} ' in said
+    for key in ('finetune.batch', 'segment.warmup_epochs', 'ablations.random.pretrian', 'ablations.nobody',
+                'ablations.random.decodr', 'ablations.heads.seed', 'semme', 'studis'):
+        assert key in said, key
+    for near in ('depth', 'gamma', 'pretrain', 'decoder', 'semmae', 'studies'):
+        assert f'write {near}' in said, near
+    assert said.count('decoder.width') == 1, 'once, not again for every training'
 
 
-def test_what_fits_only_together_is_named_as_well(tmp_path):
-    params = read_yaml(ROOT/'params.yaml')
-    params['profiles']['tiny'] |= dict(processes=7)
-    params['profiles']['tiny']['decoder']['heads'] = 5
-    params['profiles']['tiny']['segment']['warmup_epochs'] = 9
-    (tmp_path/'params.yaml').write_text(yaml.safe_dump(params))
-    with pytest.raises(SemmaeError, match='decoder.heads.*finetune.batch.*segment.warmup_epochs'):
-        read_params(tmp_path/'params.yaml', 'tiny')
+def test_a_training_waits_for_what_it_looks_at(tmp_path):
+    "Parts of a grid do not wait for the teacher, which this masking looks through"
+    said = said_of(tmp_path, profiles__tiny__parts=dict(source='grid', n_parts=4),
+                   profiles__tiny__pretrain__masking=dict(name='attention_high', ratio=.75))
+    assert 'trainings.semmae' in said and 'runs/teacher' in said
 
 
 if __name__ == '__main__':

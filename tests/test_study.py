@@ -13,7 +13,7 @@ PROFILE = dict(seed=0, processes=1, data=dict(source='photos', size=[16, 16]), t
                encoder=dict(patch_size=4, embed_dim=16, depth=1, num_heads=2),
                decoder=dict(width=16, depth=1, heads=2),
                pretrain=dict(masking=dict(name='random', ratio=.5), epochs=1, batch=8, warmup_epochs=0),
-               finetune=dict(labels=1., epochs=1, batch=8, warmup_epochs=1), probe=dict(labels=[]),
+               finetune=dict(labels=[1.], epochs=1, batch=8, warmup_epochs=1), probe=dict(labels=[]),
                segment=dict(labels=1.))
 ABLATIONS = dict(random={}, inter=dict(pretrain=dict(masking=dict(name='inter'))),
                  patch=dict(encoder=dict(patch_size=5)), width=dict(encoder=dict(embed_dim=24)))

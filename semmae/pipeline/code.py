@@ -47,13 +47,13 @@ def code_of(stage, root='.', without=()):
 
 def write_code(root='.', profile=None):
     "Write what code every stage and every training runs, as runs/code/STAGE.json and train/ENTRY.json"
-    for path in Path(root).glob('nbs/pipeline/*.ipynb'):
-        if path.stem != 'train':
-            write_json(f'{root}/runs/code/{path.stem}.json', code_of(path.stem, root))
+    stages = {path.stem for path in Path(root).glob('nbs/pipeline/*.ipynb')}
+    for stage in stages - {'exported', 'train'}:
+        write_json(f'{root}/runs/code/{stage}.json', code_of(stage, root))
     params = f'{root}/params.yaml'
     base = read_params(params, profile)
     for entry in read_yaml(params)['trainings']:
         cfg = read_params(params, profile, entry)
-        makes_maps = guide_kind(cfg) == 'parts' and needs(cfg, base) != 'runs/parts'
-        code = code_of('train', root, () if makes_maps else ('pipeline.maps',))
+        looks = guide_kind(cfg) is not None and needs(cfg, base) != 'runs/parts'
+        code = code_of('train', root, () if looks else ('parts', 'pipeline.maps'))
         write_json(f'{root}/runs/code/train/{entry}.json', code)

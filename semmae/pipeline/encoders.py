@@ -54,5 +54,5 @@ def check_shares(cfg, train): # an ImageSet
     "Refuse shares of labels that leave a class, or the training set, without an image"
     few_labels(torch.zeros(len(train), dtype=torch.long), cfg['segment']['labels'])
     if train.targets:
-        for share in [*cfg['probe'].get('labels', ()), cfg['finetune']['labels']]:
+        for share in [*cfg['probe'].get('labels', ()), *cfg['finetune']['labels']]:
             few_labels(train.targets['class'], share, cfg['seed'], train.classes['class'])

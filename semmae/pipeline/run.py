@@ -10,8 +10,7 @@ import os, re, sys, time
 from pathlib import Path
 
 from ..core import SemmaeError, check, die_with_parent, write_json
-from .processes import NO_MEMORY, short_of_memory
-from .stages import best_device, device_name
+from .stages import NO_MEMORY, best_device, device_name, short_of_memory
 
 # %% ../../nbs/pipeline/glue/16_run.ipynb #7d31e005
 def run_stage(name,       # a notebook of nbs/pipeline
@@ -52,7 +51,7 @@ def run_stage(name,       # a notebook of nbs/pipeline
         sys.exit(f'{name}: {NO_MEMORY}')
     except KeyboardInterrupt:
         sys.exit(f'{name}: stopped')
-    if name != 'report':  # which shows the times of the others
+    if name not in ('exported', 'report'):  # one runs after every edit, the other shows the times
         write_json(f'runs/times/{name}.json',
                    dict(seconds=round(time.time() - start, 1), device=device_name(best_device())))
 

@@ -24,9 +24,9 @@ from .data import load_data
 from .encoders import open_teacher
 from .guide import guide_kind, make_guide
 from .params import changed, defaults_of, pick, read_params, read_yaml
-from .settings import Seed, check_profile, check_types, model_of, profile_model
+from .settings import Seed, check_profile, check_types, model_of
 from .stages import best_device, device_name
-from .train import fresh_mae
+from .train import begin
 from .tune import tune
 from ..pretrain import GRAPH, MaskLearner, pretrain
 from ..segment import linear_head, part_iou, segmented
@@ -51,7 +51,7 @@ def read_study(root, name):
     study = pick(params, 'studies', name, path)
     check_study(study, f'studies.{name}')
     base = changed(read_params(path, study['profile']), study.get('change', {}), f'studies.{name}.change')
-    check_types(base, f'studies.{name}.change', profile_model(base))
+    check_profile(base, f'studies.{name}.change', root, rules=())
     results = find_path(f'studies.{name}.results', study['results'], root)
     return study | dict(base=base, params=params, path=f'studies.{name}.rows: {path}', results=results)
 
@@ -60,7 +60,7 @@ def configure(study, row):
     entry = row['entry']
     cfg = changed(study['base'], pick(study['params'], 'ablations', entry, study['path']),
                   f'ablations.{entry}')
-    check_types(cfg, f'ablations.{entry}', profile_model(cfg))
+    check_profile(cfg, f'ablations.{entry}', '.', rules=())
     old = defaults_of(pretrain) | cfg['pretrain']
     ratio, epochs = row.get('ratio', old['masking']['ratio']), row.get('epochs', old['epochs'])
     warmup = round(old['warmup_epochs']*epochs/max(1, old['epochs']))  # the same share of the training
@@ -175,8 +175,8 @@ def reopen(kept, shapes, mae, **options): # learners of earlier rows; what progr
 # %% ../../nbs/pipeline/glue/17_study.ipynb #e550a99c
 def train(bench, cfg, log):
     "Train the autoencoder of a row; return it and its last loss. With no epochs it stays as it starts"
-    mae = fresh_mae(cfg)
-    options = cfg['pretrain'] | dict(compile=GRAPH if bench.device.type == 'cuda' else None)
+    mae, options = begin(cfg, bench.root)
+    options = options | dict(compile=GRAPH if bench.device.type == 'cuda' else None)
     images, guide = bench.splits[0].images, bench.guide(cfg)
     shapes = options.get('batch'), options['masking']['ratio']
     history = pretrain(mae, images, guide, **options, seed=cfg['seed'], log=log,
@@ -190,7 +190,8 @@ def measure(bench, row, log):
     mae, loss = train(bench, cfg, log)
     trained, scores = time.time(), judge(mae.encoder, bench.splits, cfg['seed'])
     if row['tuned']:
-        pred, *_ = tune(cfg, mae.encoder, *bench.splits[::2], log=lambda line: None)
+        most = max(cfg['finetune']['labels'])
+        pred, *_ = tune(cfg, mae.encoder, *bench.splits[::2], most, log=lambda line: None)
         scores['class']['tuned'] = accuracy(pred, bench.splits[2].targets['class'])
     config = {k: cfg[k] for k in ('profile', 'teacher', 'parts', 'encoder', 'decoder', 'pretrain')}
     config |= {k: cfg[k] for k in ('finetune',) if row['tuned']}
@@ -286,7 +287,7 @@ def half_interval(x):
     return student.ppf(.975, len(x) - 1)*np.std(x, ddof=1)/len(x)**.5 if len(x) > 1 else math.nan
 
 def ahead(one, other): # from `by_seed`
-    "Mean difference over what both have, and half its interval"
+    "Return the mean difference over what both have, and half its interval"
     d = [one[s] - other[s] for s in one if s in other]
     return (np.mean(d), half_interval(d)) if d else (math.nan, math.nan)
 
