@@ -45,6 +45,7 @@ def run_stage(name,       # a notebook of nbs/pipeline
     except papermill.PapermillExecutionError as e:
         traceback = '\n'.join(e.traceback)
         sys.exit(f'{name}: {e.evalue}' if e.ename == 'SemmaeError'
+                 else f'{name}: stopped' if e.ename == 'KeyboardInterrupt'
                  else f'{name}: {NO_MEMORY}' if short_of_memory(e.evalue)
                  else f'{name}, cell {e.exec_count}:\n{traceback}')
     except DeadKernelError:
