@@ -151,14 +151,15 @@ def pretrain(mae, images, guide=None, # as in `Batches`
     "Train `mae` in place; return rows of epoch, step, loss, lr"
     if not epochs:
         return []
-    size = mae.encoder.patch_embed.img_size
-    data = Batches(images, mae.grid, guide, masking, epochs, batch, crop_scale, n_parts, size, seed)
+    course = dict(masking=masking, epochs=epochs, batch=batch, crop_scale=crop_scale, n_parts=n_parts,
+                  seed=seed)
+    data = Batches(images, mae.grid, guide, size=mae.encoder.patch_embed.img_size, **course)
     check(compile != GRAPH or images.device.type == 'cuda' and world()[1]*accumulate == 1,
           "`pretrain.compile: graph` records what one process does on a GPU in one turn: set it to null")
     options = dict(optimizer=optimizer, lr=lr, weight_decay=weight_decay, clip=clip, accumulate=accumulate,
                    ema=ema, compile=compile)
-    rest = masking, epochs, batch, warmup_epochs, crop_scale, n_parts, seed
-    key = run_key('pretrain', images, guide, model=(repr(mae), encoder_key(mae)), options=(options, rest))
+    key = run_key('pretrain', images, guide, model=(repr(mae), encoder_key(mae)),
+                  options=(course, options, warmup_epochs))
     with enough_memory(data):
         prepare(mae, images.device).train()
     learner = make_learner(mae, **options)

@@ -214,10 +214,11 @@ def distil(encoder, images,     # fresh; (N,C,H,W) uint8 or a Stream, on the dev
            n_small: Annotated[int, Ge(0), Le(100)] = 2, seed=0,
            judge=None, checkpoint=None, log=print): # encoder -> dict, for some rows; a file to go on from
     "Train an encoder in place; return rows of epoch, step, loss, bits (see `shared_bits`), what `judge` says"
-    data, sums = Views(images, encoder, epochs, batch, large, small, n_small, seed), []
+    course = dict(epochs=epochs, batch=batch, large=large, small=small, n_small=n_small, seed=seed)
+    data, sums = Views(images, encoder, **course), []
     key = run_key('teacher', images, model=repr((encoder, encoder.recipe)),
-                  options=(epochs, batch, lr, warmup_epochs, weight_decay, momentum, sharp, n_words,
-                           balanced, clip, judge_every, large, small, n_small, seed))
+                  options=(course, lr, warmup_epochs, weight_decay, momentum, sharp, n_words, balanced, clip,
+                           judge_every))
     with enough_memory(data):
         both = prepare(Distiller(encoder, n_words, balanced, seed), images.device)
     opt = create_optimizer_v2(both, 'adamw', lr=lr, weight_decay=weight_decay, fused=True)

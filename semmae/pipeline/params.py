@@ -36,7 +36,8 @@ def read_yaml(path):
 # %% ../../nbs/pipeline/glue/00_params.ipynb #7ca1e008
 def nearest(key, known):
     "Return the known word that is most like a key, or all of them"
-    return ', '.join(get_close_matches(str(key), known := [*map(str, known)], 1, .3) or known)
+    known = [*map(str, known)]
+    return ', '.join(get_close_matches(str(key), known, 1, .3) or known)
 
 def changed(cfg, changes, prefix): # a profile; what is changed in which of its blocks; who says so
     "Return a profile with some of its blocks changed"
