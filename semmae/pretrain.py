@@ -15,6 +15,7 @@ from timm.utils import ModelEmaV3
 
 from .core import Amount, Count, Inner, Parts, Scale, Whole, check
 from .images import check_labels, crop, crop_parts, normalize
+from .mae import MAE
 from .masking import MAX_PARTS, check_kind, find_strategy
 from .train import (Checkpoint, Learner, Recorded, Shuffled, enough_memory, prepare, random_crops,
                           run_epochs, run_key, world)
@@ -91,7 +92,7 @@ def compile_model(mae, how):
 # %% ../nbs/08_pretrain.ipynb #56695fe8
 class MaskLearner(Learner):
     "Train a masked autoencoder, compiled or recorded where that is asked for"
-    def __init__(self, mae, optimizer, lr, weight_decay, clip, accumulate, ema, compile):
+    def __init__(self, mae: MAE, optimizer, lr, weight_decay, clip, accumulate, ema, compile):
         options = dict(opt=optimizer) if isinstance(optimizer, str) else optimizer
         self.accumulate, self.record = accumulate, None
         if compile:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SPLITS', 'SYNONYMS', 'READERS', 'WORK', 'unless_killed', 'Channels', 'Source', 'hold_out', 'read_paths', 'reader',
            'hidden', 'folder_source', 'read_tar', 'tar_source', 'class_names', 'timm_source', 'open_source', 'decode',
-           'begin', 'decode_some', 'open_pool', 'Workers', 'Stream', 'fits_in_memory', 'read_all', 'read_targets',
-           'ids_of', 'load_images']
+           'begin_worker', 'decode_some', 'open_pool', 'Workers', 'Stream', 'fits_in_memory', 'read_all',
+           'read_targets', 'ids_of', 'load_images']
 
 # %% ../nbs/16_sources.ipynb #0c2eab55
 import hashlib, io, math, mmap, os, signal, sys, tarfile, threading
@@ -184,7 +184,7 @@ def decode(src, i, size, channels=3):
 # %% ../nbs/16_sources.ipynb #fe584036
 WORK = threading.local() # of a worker: the source, the size, the channels, and where images go
 
-def begin(alone, *work):
+def begin_worker(alone, *work):
     "Prepare a worker"
     if alone:  # a process
         die_with_parent()
@@ -204,7 +204,7 @@ def open_pool(n, *work):
     "Start workers: processes where they can be forked, with all that a source holds, else threads"
     alone = sys.platform == 'linux' and not current_process().daemon
     Pool = partial(ProcessPoolExecutor, mp_context=get_context('fork')) if alone else ThreadPoolExecutor
-    return Pool(n, initializer=begin, initargs=(alone, *work))
+    return Pool(n, initializer=begin_worker, initargs=(alone, *work))
 
 # %% ../nbs/16_sources.ipynb #494d71d5
 class Workers:

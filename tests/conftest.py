@@ -12,6 +12,7 @@ from filelock import FileLock
 ROOT = Path(__file__).parent.parent
 PARALLEL = 'PYTEST_XDIST_WORKER' in os.environ
 os.environ['PYTHONPATH'] = f'{ROOT}:{ROOT}/tests'  # of processes that tests start
+os.environ['CUDA_VISIBLE_DEVICES'] = ''  # the same on every machine
 if PARALLEL:
     os.environ['OMP_NUM_THREADS'] = '1'  # a core for each of pytest's processes, and for what it starts
 

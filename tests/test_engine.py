@@ -156,12 +156,12 @@ def test_nor_of_other_data_or_code(tmp_path):
     maps[3, 1, 1] += 1
     keys = {key(IMAGES, MAPS), key(images, MAPS), key(IMAGES, maps), key(IMAGES, None)}
     assert key(IMAGES.clone(), MAPS.clone()) in keys
-    for module in 'masking', 'attend', 'show':
+    for module in 'masking', 'mae', 'attend', 'show':
         shutil.copytree(ROOT/'semmae', tmp_path/module)
         with open(tmp_path/f'{module}/{module}.py', 'a') as f:
             f.write('# another\n')
         keys.add(key(IMAGES, MAPS, code=tmp_path/module))
-    assert len(keys) == 6, 'an edited kernel is other code, an edited plot is not'
+    assert len(keys) == 7, 'an edited kernel is other code, an edited plot is not'
     shutil.copytree(ROOT/'semmae', tmp_path/'again')
     with open(tmp_path/'again/segment.py', 'a') as f:
         f.write('# another\n')

@@ -110,10 +110,10 @@ def test_a_training_without_what_it_needs_is_left_out(done):
 
 def test_a_training_is_kept_and_another_begins_with_it(done):
     project, _ = done
-    ship(project, 'smoke', 'semmae', project/'runs/kept')
-    about = json.loads((project/'runs/kept/about.json').read_text())
-    assert about['config']['pretrain']['epochs'] == 3 and (project/'runs/kept/loss.csv').stat().st_size
-    set_param(project, 'start: data/mae', 'start: runs/kept')
+    ship(project, 'smoke', 'semmae', project/'kept')
+    about = json.loads((project/'kept/about.json').read_text())
+    assert about['config']['pretrain']['epochs'] == 3 and (project/'kept/loss.csv').stat().st_size
+    set_param(project, 'start: data/mae', 'start: kept')
     train_stage(project, 'smoke', 'mae_400')
     files = [project/f'runs/train/{k}/encoder.safetensors' for k in ('semmae', 'mae_400')]
     assert about['checkpoint'] == file_hash(files[0])
@@ -202,8 +202,8 @@ def test_a_mistake_is_one_sentence(done):
 @pytest.mark.parametrize('stage, old, new, named', [
     (teacher_stage, 'source: data', 'source: nowhere', 'data.source'),
     (train_stage, 'lr: 1.0e-3', 'lr: 1.0e+9', 'pretrain.lr'),
-    (train_stage, 'probe: {labels: [0.2]}', 'probe: {labels: [0.001]}', 'class cat-phones'),
-    (train_stage, 'segment: {labels: 0.5', 'segment: {labels: 0.001', 'the training set'),
+    (train_stage, 'probe: {labels: [0.2]}', 'probe: {labels: [0.001]}', 'probe.labels'),
+    (train_stage, 'segment: {labels: 0.5', 'segment: {labels: 0.001', 'segment.labels'),
     (finetune_stage, 'patch_size: 8, embed_dim: 64', 'patch_size: 8, embed_dim: 96',
      'runs/train/semmae/encoder.safetensors')],
     ids=lambda x: x if isinstance(x, str) else x.__name__)

@@ -21,8 +21,7 @@ BLOCKS = re.findall(r'^```(\w*)\n(.*?)^```', README, re.S | re.M)
 lines_of = lambda language: [line.split('  #')[0].strip() for k, block in BLOCKS if k == language
                              for line in block.splitlines() if line.strip()]
 BASH, PYTHON = lines_of('bash'), [block for k, block in BLOCKS if k == 'python']
-# commands for GPUs; the drawing of the pipeline is none
-LARGE = [line for line in lines_of('') if line.isascii()]
+LARGE = lines_of('')  # commands for GPUs
 SETUP = "python3 -m venv .venv && . .venv/bin/activate && pip install -e '.[dev]' && dvc pull data && "
 
 

@@ -105,7 +105,8 @@ def test_lines_are_short_and_hold_one_statement():
         code = ['\n'.join(line for line in c.source.splitlines() if not line.startswith(('%', '!')))
                 for c in nbformat.read(path, 4).cells if c.cell_type == 'code']
         sources |= {f'{name(path)} {i}': source for i, source in enumerate(code)}
-    for where, source in sources.items() | {(f, (ROOT/f).read_text()) for f in ('params.yaml', 'dvc.yaml')}:
+    others = {(f, (ROOT/f).read_text()) for f in ('params.yaml', 'dvc.yaml', 'pyproject.toml', '.ci/run')}
+    for where, source in sources.items() | others:
         assert not [line for line in source.splitlines() if len(line) > 110], where
     for where, source in sources.items():
         for node in ast.walk(ast.parse(source)):

@@ -216,13 +216,19 @@ def test_all_wrong_keys_are_named_at_once(tmp_path):
     "Of the wrong type, unknown, wrong beside others, in trainings and in what is fine-tuned"
     said = said_of(tmp_path, profiles__tiny__decoder__width=None, profiles__tiny__decoder__depht=2,
                    profiles__tiny__pretrain__masking=dict(name='blend', ratio=2, gama=1),
-                   profiles__tiny__processes=7, profiles__tiny__segment__warmup_epochs=9,
-                   ablations__random=dict(pretrian={}, decodr={}), ablations__heads=dict(seed='x'),
+                   profiles__tiny__processes=7, profiles__tiny__pretrain__batch=3,
+                   profiles__tiny__finetune__warmup_epochs=9, profiles__tiny__segment__warmup_epochs=9,
+                   profiles__tiny__encoder__num_heads=7, profiles__tiny__decoder__heads=7,
+                   profiles__tiny__teacher=dict(name='nope', weights='nofile'),
+                   ablations__random=dict(pretrian={}, decodr={}, decoder=dict(share=2)),
+                   ablations__heads=dict(seed='x'),
                    trainings__nobody='data', tuned=['semme'], studis={})
     for key in ('decoder.width', 'decoder.depht', 'pretrain.masking.ratio', 'pretrain.masking.gama'):
         assert f'profiles.tiny.{key} ' in said
-    for key in ('finetune.batch', 'segment.warmup_epochs', 'ablations.random.pretrian', 'ablations.nobody',
-                'ablations.random.decodr', 'ablations.heads.seed', 'semme', 'studis'):
+    for key in ('finetune.batch', 'pretrain.batch', 'finetune.warmup_epochs', 'segment.warmup_epochs',
+                '`encoder`', 'decoder.heads', 'teacher.name', 'teacher.weights',
+                'ablations.random.pretrian', 'ablations.nobody', 'ablations.random.decodr',
+                'ablations.random.decoder.share', 'ablations.heads.seed', 'semme', 'studis'):
         assert key in said, key
     for near in ('depth', 'gamma', 'pretrain', 'decoder', 'semmae', 'studies'):
         assert f'write {near}' in said, near
@@ -234,6 +240,22 @@ def test_a_training_waits_for_what_it_looks_at(tmp_path):
     said = said_of(tmp_path, profiles__tiny__parts=dict(source='grid', n_parts=4),
                    profiles__tiny__pretrain__masking=dict(name='attention_high', ratio=.75))
     assert 'trainings.semmae' in said and 'runs/teacher' in said
+
+
+@pytest.mark.parametrize('given', ['runs/parts', 'nonsense/path', 5, None])
+def test_a_training_that_looks_at_nothing_waits_for_nothing(tmp_path, given):
+    assert 'trainings.random' in said_of(tmp_path, trainings__random=given)
+
+
+def test_a_training_begins_with_no_other(tmp_path):
+    assert 'pretrain.start' in said_of(tmp_path, ablations__semmae_400=dict(
+        pretrain=dict(start='runs/train/random')))
+
+
+def test_what_lacks_a_block_is_said_of_the_profile_alone(tmp_path):
+    said = said_of(tmp_path, profiles__tiny={k: v for k, v in read_yaml(ROOT/'params.yaml')[
+        'profiles']['tiny'].items() if k != 'encoder'})
+    assert 'encoder' in said and 'ablations' not in said
 
 
 if __name__ == '__main__':

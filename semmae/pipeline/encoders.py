@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ..core import check, find_path
+from ..core import SemmaeError, check, find_path
 from ..images import few_labels
 from ..vit import load_encoder, make_encoder, open_encoder
 
@@ -52,7 +52,13 @@ def load_teacher(root):
 # %% ../../nbs/pipeline/glue/03_encoders.ipynb #7cb1e012
 def check_shares(cfg, train): # an ImageSet
     "Refuse shares of labels that leave a class, or the training set, without an image"
-    few_labels(torch.zeros(len(train), dtype=torch.long), cfg['segment']['labels'])
+    rows = [('segment', cfg['segment']['labels'], torch.zeros(len(train), dtype=torch.long), None)]
     if train.targets:
-        for share in [*cfg['probe'].get('labels', ()), *cfg['finetune']['labels']]:
-            few_labels(train.targets['class'], share, cfg['seed'], train.classes['class'])
+        classes, names = train.targets['class'], train.classes['class']
+        rows += [(block, share, classes, names) for block in ('probe', 'finetune')
+                 for share in cfg[block].get('labels', ())]
+    for block, share, classes, names in rows:
+        try:
+            few_labels(classes, share, cfg['seed'], names)
+        except SemmaeError as e:
+            raise SemmaeError(f'`{block}.labels`: {e}') from e

@@ -9,7 +9,7 @@ __all__ = ['TRAINED', 'halve', 'ship', 'main']
 import shutil, sys
 from pathlib import Path
 
-from ..core import SemmaeError, check, read_json, write_json
+from ..core import SemmaeError, check, file_hash, read_json, write_json
 from .params import read_params
 from .study import commit_of
 from ..vit import read_weights, write_weights
@@ -32,7 +32,9 @@ def ship(root, profile, entry, folder):
     check('skipped' not in found, f"{entry} was not trained, because {found.get('skipped')}: choose another")
     halve(source, folder)
     shutil.copy(source/'loss.csv', folder)
-    about = dict(entry=entry, commit=commit_of(root), config={k: cfg[k] for k in TRAINED})
+    about = dict(entry=entry, commit=commit_of(root), config={k: cfg[k] for k in TRAINED},
+                 rounded=file_hash(Path(folder)/'encoder.safetensors'),
+                 **read_json(Path(root)/f'runs/times/train-{entry}.json'))
     write_json(Path(folder)/'about.json', found | about)
 
 def main():
