@@ -15,6 +15,7 @@ from semmae.core import SemmaeError, options_of
 from semmae.evaluate import score
 from semmae.finetune import finetune
 from semmae.mae import DECODERS, MAE
+from semmae.masking import STRATEGIES, find_strategy
 from semmae.parts import SOURCES
 from semmae.pipeline.params import read_params, read_yaml
 from semmae.pipeline.parts import parts_stage
@@ -26,7 +27,8 @@ from semmae.pipeline.tune import finetune_stage, segment_stage
 from semmae.pretrain import pretrain
 from semmae.segment import segment
 from semmae.sources import load_images
-from semmae.vit import make_encoder
+from semmae.teacher import distil
+from semmae.vit import make_encoder, open_encoder
 
 PROFILES = list(read_yaml(ROOT/'params.yaml')['profiles'])
 MICRO = dict(
@@ -175,15 +177,19 @@ def test_a_profile_that_is_not_there_is_named():
 
 @pytest.mark.parametrize('profile', PROFILES)
 def test_no_value_repeats_a_default(profile):
+    "But for `epochs` of a teacher, which tells that it is trained and not opened"
     cfg = read_yaml(ROOT/'params.yaml')['profiles'][profile]
-    source = cfg['parts']['source']
-    declared = dict(data=[load_images], encoder=[make_encoder], decoder=[MAE, *DECODERS.values()],
-                    pretrain=[pretrain], probe=[score], finetune=[finetune], segment=[segment],
-                    parts=[SOURCES[source]] if source in SOURCES else [])
-    for block, functions in declared.items():
+    source, teacher, masking = cfg['parts']['source'], cfg['teacher'] or {}, cfg['pretrain']['masking']
+    blocks = [(cfg['data'], load_images), (cfg['encoder'], make_encoder), (cfg['probe'], score),
+              (cfg['decoder'], MAE, *DECODERS.values()), (cfg['finetune'], finetune),
+              (cfg['segment'], segment), (cfg['pretrain'], pretrain), (masking, find_strategy, STRATEGIES[masking['name']]),
+              (teacher, distil if 'epochs' in teacher else open_encoder),
+              (teacher.get('encoder', {}), make_encoder),
+              (cfg['parts'], *([SOURCES[source]] if source in SOURCES else []))]
+    for block, *functions in blocks:
         same = {k for k, (_, default) in options_of(*functions).items()
-                if cfg[block].get(k, 'not there') == default}
-        assert not same - {'masking'}, block
+                if block.get(k, 'not there') == default}
+        assert not same - {'masking', 'epochs'*(block is teacher)}, block
 
 
 @pytest.mark.parametrize('entry', read_yaml(ROOT/'params.yaml')['ablations'])
