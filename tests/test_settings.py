@@ -182,7 +182,8 @@ def test_no_value_repeats_a_default(profile):
     source, teacher, masking = cfg['parts']['source'], cfg['teacher'] or {}, cfg['pretrain']['masking']
     blocks = [(cfg['data'], load_images), (cfg['encoder'], make_encoder), (cfg['probe'], score),
               (cfg['decoder'], MAE, *DECODERS.values()), (cfg['finetune'], finetune),
-              (cfg['segment'], segment), (cfg['pretrain'], pretrain), (masking, find_strategy, STRATEGIES[masking['name']]),
+              (cfg['segment'], segment), (cfg['pretrain'], pretrain),
+              (masking, find_strategy, STRATEGIES[masking['name']]),
               (teacher, distil if 'epochs' in teacher else open_encoder),
               (teacher.get('encoder', {}), make_encoder),
               (cfg['parts'], *([SOURCES[source]] if source in SOURCES else []))]
