@@ -6,7 +6,8 @@ import yaml
 from conftest import make_photos
 
 from semmae.core import SemmaeError
-from semmae.pipeline.study import ahead, by_seed, key_of, read_rows, read_study, rows_of, run_study, score_of
+from semmae.pipeline.rows import ahead, by_seed, key_of, read_rows, score_of
+from semmae.pipeline.study import read_study, rows_of, run_study
 
 PROFILE = dict(seed=0, processes=1, data=dict(source='photos', size=[16, 16]), teacher=None,
                parts=dict(source='grid', n_parts=4, grid=[2, 2]),
