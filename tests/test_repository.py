@@ -85,14 +85,16 @@ def test_the_wheel_is_the_library():
         assert not [name for name in imported(path.read_text()) if '.' in name], path
 
 
-def test_a_chapter_uses_only_chapters_before_it():
-    "Its examples, too, and what the demo's images are read with there"
-    chapters = {p.stem[3:]: int(p.stem[:2]) for p in ROOT.glob('nbs/[0-9]*.ipynb')}
+@pytest.mark.parametrize('folder, package', [('nbs', ''), ('nbs/pipeline/glue', 'pipeline.')])
+def test_a_chapter_uses_only_chapters_before_it(folder, package):
+    "Its examples, too; the glue also uses the library, and an example what the demo's images are read with"
+    notebooks = sorted((ROOT/folder).glob('[0-9]*.ipynb'))
+    chapters = {package + p.stem[3:]: int(p.stem[:2]) for p in notebooks}
     assert sorted(chapters.values()) == list(range(len(chapters)))
-    for module, number in chapters.items():
-        cells = nbformat.read(ROOT/f'nbs/{number:02}_{module}.ipynb', 4).cells
-        code = '\n'.join(c.source for c in cells if c.cell_type == 'code')
-        used = {name for name in modules_of(code) if not name.startswith('demo.')}
+    for path, (module, number) in zip(notebooks, chapters.items()):
+        code = '\n'.join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'code')
+        used = {name for name in modules_of(code)
+                if name.startswith(package) and not name.startswith('demo.')}
         assert all(chapters.get(name, 99) <= number for name in used), (module, used)
 
 
