@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STYLE', 'CALLED', 'DOTS', 'IN_IMAGES', 'WHEN', 'INSIDE', 'text', 'heading', 'table', 'picture', 'save_figure',
            'figure', 'page', 'interval', 'percent', 'of_images', 'interval_between', 'compared', 'draw_dots',
-           'show_dots', 'probe_table', 'confusions', 'part_scores', 'clear', 'covered', 'show_method', 'plot_loss',
-           'plot_history', 'few_maps']
+           'show_dots', 'probe_table', 'confusions', 'part_scores', 'with_large_parts', 'covered', 'show_method',
+           'plot_loss', 'plot_history', 'few_maps']
 
 # %% ../../nbs/pipeline/glue/15_report.ipynb #7d41e003
 import base64, html, io, math
@@ -181,7 +181,7 @@ def part_scores(rows): # label -> scores, from `score_parts`
 # %% ../../nbs/pipeline/glue/15_report.ipynb #6c9952e5
 WHEN = {'at the start': 0., 'half way': .5, 'at the end': 1.}
 
-def clear(maps, n=3, cells=5): # (N,h,w) labels
+def with_large_parts(maps, n=3, cells=5): # (N,h,w) labels
     "Choose the images with most parts that are not small"
     sizes = torch.nn.functional.one_hot(maps.flatten(1).long()).sum(1)
     return (sizes >= cells).sum(1).argsort(descending=True, stable=True)[:n]
