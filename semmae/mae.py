@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NORM', 'DECODERS', 'CrossBlock', 'Decoder', 'decoder', 'SelfDecoder', 'CrossDecoder', 'standardize', 'MAE',
-           'reconstruct', 'save_mae', 'load_mae']
+           'reconstruct']
 
 # %% ../nbs/05_mae.ipynb #6ef9c360
 import math
@@ -16,9 +16,8 @@ from timm.models.vision_transformer import Block
 from torch import nn
 from torch.nn import functional as F
 
-from .core import Layers, Share, Width, blank, check, explained, patchify, unpatchify
-from .vit import (encode, gather, init_mae, load_encoder, read_weights, save_encoder, sincos,
-                        write_weights)
+from .core import Layers, Share, Width, blank, check, patchify, unpatchify
+from .vit import encode, gather, init_mae, sincos
 
 # %% ../nbs/05_mae.ipynb #899641e1
 class CrossBlock(nn.Module):
@@ -146,16 +145,3 @@ def reconstruct(mae, imgs, ids_keep, ids_mask):
         pred = pred*(true.var(2, keepdim=True) + 1e-6).sqrt() + true.mean(2, keepdim=True)
     painted = patches.scatter(1, ids_mask[..., None].expand(-1, -1, patches.shape[2]), pred)
     return blank(imgs, ids_mask, mae.patch), unpatchify(painted, mae.patch, imgs.shape[2:])
-
-# %% ../nbs/05_mae.ipynb #6b502c11
-def save_mae(mae, folder):
-    "Write `encoder.safetensors` and `decoder.safetensors` into a folder"
-    save_encoder(mae.encoder, f'{folder}/encoder.safetensors')
-    write_weights(f'{folder}/decoder.safetensors', mae.decoder.state_dict())
-
-def load_mae(folder, **decoder):  # keywords of MAE
-    "Read the MAE that `save_mae` wrote into a folder"
-    mae, file = MAE(load_encoder(f'{folder}/encoder.safetensors'), **decoder), f'{folder}/decoder.safetensors'
-    with explained(f"{file} is another decoder than {decoder}", 'use the parameters it was trained with'):
-        mae.decoder.load_state_dict(read_weights(file)[0])
-    return mae

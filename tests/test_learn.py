@@ -21,7 +21,7 @@ from semmae.parts import batched_outputs, score_parts
 from semmae.pipeline.maps import make_parts
 from semmae.pipeline.parts import called_iou
 from semmae.sources import load_images
-from semmae.vit import open_encoder
+from semmae.weights import open_encoder
 
 
 def draw(*shape, seed=0):

@@ -20,7 +20,8 @@ from semmae.pipeline.parts import called_iou, control, hardest, judge_parts
 from semmae.pipeline.regions import closest, regions
 from semmae.pipeline.report import few_maps
 from semmae.sources import load_images
-from semmae.vit import pixels_of, save_encoder
+from semmae.vit import pixels_of
+from semmae.weights import save_encoder
 
 
 def maps(seed, n=6, labels=5, grid=(6, 7)):

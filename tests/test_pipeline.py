@@ -22,7 +22,7 @@ from semmae.pipeline.ship import ship
 from semmae.pipeline.teacher import teacher_stage
 from semmae.pipeline.train import train_stage
 from semmae.pipeline.tune import finetune_stage, segment_stage
-from semmae.vit import load_encoder
+from semmae.weights import load_encoder
 
 RESULTS = ['runs/teacher/encoder.safetensors', 'runs/teacher/history.csv', 'runs/parts/train.npy',
            'runs/metrics/teacher.json', 'runs/metrics/parts.json', 'runs/train/semmae/encoder.safetensors',

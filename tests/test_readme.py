@@ -14,7 +14,7 @@ from PIL import Image
 from conftest import ROOT, free_port, sh, wait_for
 
 from semmae.core import generator, read_json
-from semmae.vit import load_encoder
+from semmae.weights import load_encoder
 
 README = (ROOT/'README.md').read_text()
 BLOCKS = re.findall(r'^```(\w*)\n(.*?)^```', README, re.S | re.M)

@@ -28,7 +28,8 @@ from semmae.pretrain import pretrain
 from semmae.segment import segment
 from semmae.sources import load_images
 from semmae.teacher import distil
-from semmae.vit import make_encoder, open_encoder
+from semmae.vit import make_encoder
+from semmae.weights import open_encoder
 
 PROFILES = list(read_yaml(ROOT/'params.yaml')['profiles'])
 MICRO = dict(

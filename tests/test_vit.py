@@ -7,7 +7,8 @@ from safetensors.torch import save_file
 
 from semmae.core import SemmaeError
 from semmae.images import normalize
-from semmae.vit import load_encoder, block_output, block_outputs, make_encoder, open_encoder, save_encoder
+from semmae.vit import block_output, block_outputs, make_encoder
+from semmae.weights import load_encoder, open_encoder, save_encoder
 
 IMAGES = random_images(3, 48, 32)
 KINDS = [dict(), dict(reg_tokens=3), dict(class_token=False, global_pool='avg'),

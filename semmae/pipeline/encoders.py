@@ -12,7 +12,8 @@ import torch
 
 from ..core import SemmaeError, check, find_path
 from ..images import few_labels
-from ..vit import load_encoder, make_encoder, open_encoder
+from ..vit import make_encoder
+from ..weights import load_encoder, open_encoder
 
 # %% ../../nbs/pipeline/glue/03_encoders.ipynb #7cb1e006
 def make_of(block, cfg):

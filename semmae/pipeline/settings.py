@@ -37,7 +37,8 @@ from ..pretrain import GRAPH, pretrain
 from ..segment import segment
 from ..sources import load_images
 from ..teacher import Distiller, distil
-from ..vit import make_encoder, open_encoder, resize
+from ..vit import make_encoder, resize
+from ..weights import open_encoder
 
 # %% ../../nbs/pipeline/glue/08_settings.ipynb #7cd1e006
 Seed = Annotated[int, Ge(0), Le(2**32 - 1)]  # as scikit-learn takes them
@@ -233,8 +234,8 @@ def check_teacher_weights(cfg, root):
     "See that the teacher's weights are there"
     weights = (cfg['teacher'] or {}).get('weights')
     made = weights and Path(weights).is_relative_to('runs')  # by a stage, perhaps later
-    check(not weights or made or find_path('teacher.weights', weights, root).is_file(),
-          f"`teacher.weights` is {weights!r}, which is no file: run `dvc pull data`, or correct it")
+    check(not weights or made or find_path('teacher.weights', weights, root).exists(),
+          f"`teacher.weights` is {weights!r}, which is not there: run `dvc pull data`, or correct it")
 
 # %% ../../nbs/pipeline/glue/08_settings.ipynb #cd4859ec
 def check_guide(cfg, root):

@@ -12,7 +12,7 @@ from pathlib import Path
 from ..core import SemmaeError, check, file_hash, read_json, write_json
 from .params import read_params
 from .study import commit_of
-from ..vit import read_weights, write_weights
+from ..weights import read_weights, write_weights
 
 # %% ../../nbs/pipeline/glue/20_ship.ipynb #43c78808
 def halve(source, folder):

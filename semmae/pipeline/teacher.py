@@ -19,7 +19,8 @@ from .params import read_params
 from .stages import best_device, write_csv
 from ..teacher import distil
 from ..train import join, world
-from ..vit import resize, save_encoder
+from ..vit import resize
+from ..weights import save_encoder
 
 # %% ../../nbs/pipeline/glue/10_teacher.ipynb #7ce1e005
 def val_knn(train, val):

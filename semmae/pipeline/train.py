@@ -10,7 +10,8 @@ from pathlib import Path
 
 from ..core import SemmaeError, file_hash, find_path, write_json
 from ..images import read_maps
-from ..mae import MAE, load_mae, save_mae
+from ..mae import MAE
+from ..weights import load_mae, save_mae
 from .data import load_data
 from .encoders import check_shares, fresh_encoder, load_like, load_teacher, open_teacher
 from .guide import guide_kind, make_guide, needs
