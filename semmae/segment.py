@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from .core import Amount, Count, Scale, Unit, generator
-from .evaluate import features, fit_linear
+from .evaluate import fit_linear, pooled
 from .finetune import Drop, learn_head, outputs, with_head
 from .images import ImageSet
 
@@ -55,7 +55,7 @@ def segment(encoder, images, parts, n_parts=None, # (N,h,w); None: as many as `p
 def linear_head(encoder, train, val, # ImageSets with parts
                 n_parts, penalties=(1e-2, 1e-3, 1e-4), seed=0, tokens=100_000):
     "Make the encoder, frozen, with the linear head at every patch that finds most on val"
-    patches = lambda images: features(encoder, ImageSet(images), patches=True)['patch']
+    patches = lambda images: pooled(encoder, ImageSet(images), patches=True)['patch']
     ids = torch.randperm(len(train), generator=generator(seed, 'linear head')).to(train.images.device)
     ids = ids[:max(1, tokens//encoder.patch_embed.num_patches)]
     x, val_batches = patches(train.images[ids]).flatten(0, 1), patches(val.images).split(250)

@@ -11,7 +11,7 @@ __all__ = ['BLOCK', 'FORMATS', 'OTHERS', 'TASK', 'CITATION', 'USE', 'FORMAT', 'w
            'push_to_hub', 'check_plain', 'decoder_state', 'mae_state', 'transformers_state', 'write_mae',
            'transformers_config', 'write_transformers', 'save_encoder', 'save_mae']
 
-# %% ../nbs/06_weights.ipynb #1e1fb172
+# %% ../nbs/06_weights.ipynb #d5256379
 import argparse, copy, json, math, re
 from pathlib import Path
 from pickle import UnpicklingError
@@ -29,7 +29,7 @@ from .core import Layers, Size, atomic, check, explained, find_path, read_json, 
 from .mae import MAE
 from .vit import make_encoder, plain, resize, set_eps
 
-# %% ../nbs/06_weights.ipynb #5afd1da1
+# %% ../nbs/06_weights.ipynb #d507be7d
 def write_weights(path, state, **about):
     "Write tensors, and in words what they are, as a safetensors file"
     with atomic(path) as tmp:
@@ -51,7 +51,7 @@ def load_encoder(path):
         vit.load_state_dict(state)
     return vit
 
-# %% ../nbs/06_weights.ipynb #47a47404
+# %% ../nbs/06_weights.ipynb #9a83d21b
 BLOCK = {'norm1': 'layernorm_before', 'attn.q': 'attention.attention.query',
          'attn.k': 'attention.attention.key', 'attn.v': 'attention.attention.value',
          'attn.proj': 'attention.output.dense', 'norm2': 'layernorm_after',
@@ -88,7 +88,7 @@ def rename(state, names):
             out[names[layer] + key[len(layer):]] = x
     return out
 
-# %% ../nbs/06_weights.ipynb #1ffc9745
+# %% ../nbs/06_weights.ipynb #a637e1bb
 def split_qkv(state):
     "Name queries, keys and values apart"
     out = {}
@@ -108,7 +108,7 @@ def join_qkv(state):
             out[f'{layer}kv.{kind}'] = torch.cat([state[f'{layer[:-1]}{name}.{kind}'] for name in 'qkv'])
     return out
 
-# %% ../nbs/06_weights.ipynb #2b8f1172
+# %% ../nbs/06_weights.ipynb #267aea10
 def read_file(path):
     "Read what a file of weights holds: tensors, and what may be wrapped around them"
     if path.suffix == '.safetensors':
@@ -143,7 +143,7 @@ def find_weights(path):
             known |= dict(image_mean=cfg['mean'], image_std=cfg['std'], image_size=cfg['input_size'][1:])
     return path, known
 
-# %% ../nbs/06_weights.ipynb #9b02a4ba
+# %% ../nbs/06_weights.ipynb #82c9a012
 def some(names, *marks):
     "Say whether every mark is found in some name"
     return all(any(mark in name for name in names) for mark in marks)
@@ -171,7 +171,7 @@ OTHERS = {'rope': 'DINOv3, or another encoder with rotary positions', 'storage_t
           'visual.': 'CLIP', 'base_encoder': 'MoCo v3', 'predictor': 'I-JEPA', 'dwconv': 'ConvNeXt',
           'layer1.0.conv1': 'a ResNet'}
 
-# %% ../nbs/06_weights.ipynb #a32dba77
+# %% ../nbs/06_weights.ipynb #92e809bc
 class Contents(NamedTuple):
     "Hold what other people's file of weights contains, under our names"
     kind: str      # what the file is
@@ -210,7 +210,7 @@ def from_timm(state, start):
                for k, x in without(state, start).items() if not k.startswith(dropped)}
     return encoder, rename(decoder, inverse(decoder_names(count(decoder, 'decoder_blocks.'))))
 
-# %% ../nbs/06_weights.ipynb #4a147b65
+# %% ../nbs/06_weights.ipynb #b9b2c506
 def read_contents(path, branch='teacher'):
     "Read other people's file or folder of weights"
     path, known = find_weights(path)
@@ -233,7 +233,7 @@ def read_contents(path, branch='teacher'):
         return Contents(kind, *(from_timm(state, of_timm) if of_transformers is None
                                 else from_transformers(state, of_transformers, known)), known)
 
-# %% ../nbs/06_weights.ipynb #bf613a89
+# %% ../nbs/06_weights.ipynb #6f6e1a36
 def usual_heads(kind, width):
     "Return how many heads encoders of a width usually have"
     if kind == "solo-learn's MAE" and width < 768:
@@ -278,7 +278,7 @@ def made_of(contents, num_heads=None):
         kw |= dict(global_pool='avg', fc_norm='fc_norm.weight' in state)
     return dict(name=name) | kw
 
-# %% ../nbs/06_weights.ipynb #87cd7db2
+# %% ../nbs/06_weights.ipynb #4c556fa2
 def native_size(path, contents):
     "Return the (height, width) of the images that an encoder was made for; None where nothing tells"
     known, patch = contents.known.get('image_size'), contents.encoder['patch_embed.proj.weight'].shape[-1]
@@ -319,7 +319,7 @@ def build(path, contents, name=None, image=None, num_heads=None):
           f"{'×'.join(map(str, vit.patch_embed.img_size))}{resampled}")
     return vit
 
-# %% ../nbs/06_weights.ipynb #c44c2140
+# %% ../nbs/06_weights.ipynb #058135c3
 def open_encoder(
         name: str | None = None,          # of a VisionTransformer of timm's; None: what `weights` tell
         weights: str | None = None,       # a file, or a folder of `save_pretrained`; None: timm's, downloaded
@@ -343,7 +343,7 @@ def open_encoder(
         vit = resize(vit, image or vit.recipe['image'])
     return vit.requires_grad_(False).eval()
 
-# %% ../nbs/06_weights.ipynb #1ec9053f
+# %% ../nbs/06_weights.ipynb #80795022
 def decoder_recipe(mae):
     "Return the keywords of `MAE` that its weights belong to"
     d = mae.decoder
@@ -400,7 +400,7 @@ def load_ours(folder, decoder):
         mae.decoder.load_state_dict(state)
     return mae
 
-# %% ../nbs/06_weights.ipynb #edde8831
+# %% ../nbs/06_weights.ipynb #89b837e9
 TASK = 'image-feature-extraction'
 CITATION = """@inproceedings{li2022semmae,
   title={{SemMAE}: Semantic-Guided Masking for Learning Masked Autoencoders},
@@ -411,8 +411,8 @@ USE = dict(timm="timm.create_model('local-dir:FOLDER', pretrained=True)  # 'hf-h
 
 def model_card(library, license=None, data=None, recipe='not said', scores=None):
     "Describe a model for those who download it"
-    check(license and data, "a model card says under which `license` weights are and on which `data` they were "
-                            "trained: give both, and license='cc-by-nc-4.0' for what derives from MAE's")
+    check(license and data, "a model card says under which `license` weights are and on which `data` they "
+                            "were trained: give both, and license='cc-by-nc-4.0' for what derives from MAE's")
     details = dict(Data=data, Training=recipe) | (dict(Scores=scores) if scores else {})
     return dict(license=license, library_name=library, tags=[TASK, library, 'masked-autoencoder'],
                 description='A VisionTransformer that learned without labels, written by semmae.',
@@ -428,7 +428,7 @@ def colours_of(vit):
     n = vit.patch_embed.proj.in_channels
     return [list(s) if n == 3 else [sum(s)/3]*n for s in vit.stats]
 
-# %% ../nbs/06_weights.ipynb #ef8743b0
+# %% ../nbs/06_weights.ipynb #3838d0a6
 def for_timm(vit, card):
     "Return the encoder, and keywords with which timm writes it or uploads it"
     check(vit.recipe.get('eps', 1e-6) == 1e-6, f"timm's files cannot say that norms have an eps of "
@@ -448,7 +448,7 @@ def push_to_hub(vit, repo, **card):  # keywords of `model_card`
     model, options = for_timm(vit, card)
     return push_to_hf_hub(model, repo, model_card=card, task_name=TASK, **options)
 
-# %% ../nbs/06_weights.ipynb #836f1149
+# %% ../nbs/06_weights.ipynb #8f31ba53
 def check_plain(vit, format):
     "Refuse an encoder for which MAE's models have no place"
     names, state = encoder_names(len(vit.blocks)), split_qkv(vit.state_dict())
@@ -486,7 +486,7 @@ def write_mae(path, vit, mae=None):
     with atomic(path) as tmp, open(tmp, 'wb') as file:  # torch refuses some names
         torch.save(dict(model=state), file)
 
-# %% ../nbs/06_weights.ipynb #73e4b626
+# %% ../nbs/06_weights.ipynb #48af354c
 def transformers_config(vit, mae):
     "Describe a model in transformers' words"
     mlp, heads = vit.blocks[0].mlp.fc1.out_features, vit.blocks[0].attn.num_heads
@@ -514,7 +514,7 @@ def write_transformers(folder, vit, mae=None):
                             size=dict(height=h, width=w), do_rescale=True, rescale_factor=1/255,
                             do_normalize=True, image_mean=mean, image_std=std))
 
-# %% ../nbs/06_weights.ipynb #dc9b0cab
+# %% ../nbs/06_weights.ipynb #84ef89d0
 FORMAT = "there is no format {!r} for {}: choose {}, or none"
 
 def save_encoder(vit, path, format=None,  # None, timm, transformers or mae

@@ -15,7 +15,7 @@ import numpy as np, torch
 
 from ..core import Count, Inner, SemmaeError, Whole, check, explained, find_path
 from ..demo.draw import make_demo
-from ..evaluate import accuracy, features, knn, linear_probe, whiten
+from ..evaluate import accuracy, knn, linear_probe, pooled, whiten
 from ..parts import SOURCES
 from .data import load_data
 from .encoders import open_teacher
@@ -79,7 +79,7 @@ def rows_of(study):
 def judge(encoder, splits, # ImageSets: train, val, test
           seed=0):
     "Score a frozen encoder"
-    found, (train, val, test) = [features(encoder, d) for d in splits], [d.targets for d in splits]
+    found, (train, val, test) = [pooled(encoder, d) for d in splits], [d.targets for d in splits]
     white, out = whiten(found[0]['mean']), {}
     for name in train:
         near = knn(white(found[0]['mean']), train[name], white(found[2]['mean']))

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..core import file_hash, write_json
-from ..evaluate import accuracy, compare, features, knn, whiten
+from ..evaluate import accuracy, compare, knn, pooled, whiten
 from ..images import normalize
 from .data import load_data
 from .encoders import check_shares, make_of, open_teacher
@@ -26,7 +26,7 @@ from ..weights import save_encoder
 def val_knn(train, val):
     "Make a judge for `distil`: the share of val images that nearest neighbours name right, by target"
     def judge(encoder):
-        x, y = (features(encoder, d)['cls'] for d in (train, val))
+        x, y = (pooled(encoder, d)['cls'] for d in (train, val))
         white = whiten(x)
         return {f'knn_{k}': accuracy(knn(white(x), t, white(y)), val.targets[k])
                 for k, t in train.targets.items()}
