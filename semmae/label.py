@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['squeezed', 'list_images', 'save_map', 'finished', 'begin', 'label_folder', 'label_rest', 'main']
 
-# %% ../nbs/19_label.ipynb #a0daa7ea
+# %% ../nbs/19_label.ipynb #f8b8cdb4
 import argparse, sys, time
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from .train import clock
 from .vit import encoder_key
 from .weights import open_encoder
 
-# %% ../nbs/19_label.ipynb #8f100a74
+# %% ../nbs/19_label.ipynb #2cd5de81
 def squeezed(file, size):
     "Open an image at another size, whatever that does to its shape"
     image = ImageOps.exif_transpose(Image.open(file))
@@ -54,7 +54,7 @@ def save_map(labels, image, file):  # (h,w), and the file of its image
     with atomic(file) as tmp:
         picture.resize(size, Image.NEAREST).save(tmp)
 
-# %% ../nbs/19_label.ipynb #366f69db
+# %% ../nbs/19_label.ipynb #ac698d1f
 def finished(out, about):
     "Return the maps that an earlier run left, by name; refuse those of other settings"
     if not (out/'maps.json').is_file():
@@ -79,7 +79,7 @@ def begin(out, about, names, done):
     (out/'maps.npy').unlink(missing_ok=True)
     return rest
 
-# %% ../nbs/19_label.ipynb #c9aa974a
+# %% ../nbs/19_label.ipynb #6bf4b751
 def label_folder(folder, encoder, out, n_parts=7, seed=0, log=print):  # parts of an image, at most
     "Find parts in the images of a folder; write their maps, and return them by name"
     folder, out = Path(folder), Path(out)
@@ -125,7 +125,7 @@ def label_rest(parts, images, files, folder, out, log):
                 said, pace, more = now, (now - start)/n, len(images) - n
                 log(f'{n:,} of {len(images):,} images, {1/pace:.1f} a second, {clock(more*pace)} left')
 
-# %% ../nbs/19_label.ipynb #60cda63e
+# %% ../nbs/19_label.ipynb #5df3b4a5
 def main(argv=None):
     "Run the command `semmae-parts`"
     p = argparse.ArgumentParser('semmae-parts', description='Find parts in the images of a folder.')

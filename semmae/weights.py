@@ -6,12 +6,12 @@
 __all__ = ['BLOCK', 'FORMATS', 'OTHERS', 'TASK', 'CITATION', 'USE', 'FORMAT', 'write_weights', 'read_weights', 'load_encoder',
            'encoder_names', 'decoder_names', 'inverse', 'rename', 'split_qkv', 'join_qkv', 'read_file', 'find_weights',
            'some', 'Contents', 'without', 'count', 'before', 'from_transformers', 'from_timm', 'read_contents',
-           'usual_heads', 'tokens_of', 'made_of', 'native_size', 'fill', 'build', 'open_encoder', 'decoder_recipe',
-           'fill_decoder', 'make_mae', 'load_mae', 'load_ours', 'model_card', 'write_card', 'colours_of', 'for_timm',
-           'push_to_hub', 'check_plain', 'decoder_state', 'mae_state', 'transformers_state', 'write_mae',
-           'transformers_config', 'write_transformers', 'save_encoder', 'save_mae']
+           'usual_heads', 'tokens_of', 'made_of', 'native_size', 'expect_colours', 'fill', 'build', 'open_encoder',
+           'decoder_recipe', 'fill_decoder', 'make_mae', 'load_mae', 'load_ours', 'model_card', 'write_card',
+           'colours_of', 'for_timm', 'push_to_hub', 'check_plain', 'decoder_state', 'mae_state', 'transformers_state',
+           'write_mae', 'transformers_config', 'write_transformers', 'save_encoder', 'save_mae']
 
-# %% ../nbs/06_weights.ipynb #d5256379
+# %% ../nbs/06_weights.ipynb #e9ef1c38
 import argparse, copy, json, math, re
 from pathlib import Path
 from pickle import UnpicklingError
@@ -29,7 +29,7 @@ from .core import Layers, Size, atomic, check, explained, find_path, read_json, 
 from .mae import MAE
 from .vit import make_encoder, plain, resize, set_eps
 
-# %% ../nbs/06_weights.ipynb #d507be7d
+# %% ../nbs/06_weights.ipynb #d979afc4
 def write_weights(path, state, **about):
     "Write tensors, and in words what they are, as a safetensors file"
     with atomic(path) as tmp:
@@ -51,7 +51,7 @@ def load_encoder(path):
         vit.load_state_dict(state)
     return vit
 
-# %% ../nbs/06_weights.ipynb #9a83d21b
+# %% ../nbs/06_weights.ipynb #a8d9f1da
 BLOCK = {'norm1': 'layernorm_before', 'attn.q': 'attention.attention.query',
          'attn.k': 'attention.attention.key', 'attn.v': 'attention.attention.value',
          'attn.proj': 'attention.output.dense', 'norm2': 'layernorm_after',
@@ -88,7 +88,7 @@ def rename(state, names):
             out[names[layer] + key[len(layer):]] = x
     return out
 
-# %% ../nbs/06_weights.ipynb #a637e1bb
+# %% ../nbs/06_weights.ipynb #d7d668f3
 def split_qkv(state):
     "Name queries, keys and values apart"
     out = {}
@@ -108,7 +108,7 @@ def join_qkv(state):
             out[f'{layer}kv.{kind}'] = torch.cat([state[f'{layer[:-1]}{name}.{kind}'] for name in 'qkv'])
     return out
 
-# %% ../nbs/06_weights.ipynb #267aea10
+# %% ../nbs/06_weights.ipynb #9114e32b
 def read_file(path):
     "Read what a file of weights holds: tensors, and what may be wrapped around them"
     if path.suffix == '.safetensors':
@@ -143,7 +143,7 @@ def find_weights(path):
             known |= dict(image_mean=cfg['mean'], image_std=cfg['std'], image_size=cfg['input_size'][1:])
     return path, known
 
-# %% ../nbs/06_weights.ipynb #82c9a012
+# %% ../nbs/06_weights.ipynb #2c747ece
 def some(names, *marks):
     "Say whether every mark is found in some name"
     return all(any(mark in name for name in names) for mark in marks)
@@ -156,7 +156,8 @@ FORMATS = {  # what it is: whether names outside and inside say so
     "solo-learn's MAE": lambda outer, inner: some(inner, 'backbone.patch_embed', 'decoder.decoder_embed'),
     "DINOv2's training checkpoint":
         lambda outer, inner: 'teacher' in outer and some(inner, 'backbone.mask_token'),
-    "iBOT's checkpoint": lambda outer, inner: 'teacher' in outer and some(outer['student'], 'masked_embed'),
+    "iBOT's checkpoint":
+        lambda outer, inner: 'teacher' in outer and some(outer.get('student', ()), 'masked_embed'),
     "DINO's checkpoint": lambda outer, inner: 'teacher' in outer,
     "a backbone in a larger model": lambda outer, inner: some(inner, 'backbone.patch_embed'),
     "MAE with its decoder (or SemMAE)": lambda outer, inner: some(inner, 'decoder_embed'),
@@ -171,7 +172,7 @@ OTHERS = {'rope': 'DINOv3, or another encoder with rotary positions', 'storage_t
           'visual.': 'CLIP', 'base_encoder': 'MoCo v3', 'predictor': 'I-JEPA', 'dwconv': 'ConvNeXt',
           'layer1.0.conv1': 'a ResNet'}
 
-# %% ../nbs/06_weights.ipynb #92e809bc
+# %% ../nbs/06_weights.ipynb #fe8fd4b1
 class Contents(NamedTuple):
     "Hold what other people's file of weights contains, under our names"
     kind: str      # what the file is
@@ -194,7 +195,7 @@ def before(state, ending):
 
 def from_transformers(state, start, known):
     "Take encoder and decoder from tensors that transformers wrote"
-    # as version 5 writes a decoder's layers
+    # version 5 writes a decoder's layers under a name of its own
     state = {k.replace('decoder_encoder.layer.', 'decoder_layers.'): x for k, x in state.items()}
     depth = known.get('num_hidden_layers', count(state, f'{start}encoder.layer.'))
     deep = known.get('decoder_num_hidden_layers', count(state, 'decoder.decoder_layers.'))
@@ -210,7 +211,7 @@ def from_timm(state, start):
                for k, x in without(state, start).items() if not k.startswith(dropped)}
     return encoder, rename(decoder, inverse(decoder_names(count(decoder, 'decoder_blocks.'))))
 
-# %% ../nbs/06_weights.ipynb #b9b2c506
+# %% ../nbs/06_weights.ipynb #97194311
 def read_contents(path, branch='teacher'):
     "Read other people's file or folder of weights"
     path, known = find_weights(path)
@@ -230,10 +231,12 @@ def read_contents(path, branch='teacher'):
           "SemMAE, iBOT, DINO, DINOv2, timm or transformers")
     kind = next(kind for kind, fits in FORMATS.items() if fits(outer, state))
     with explained(f"{path}, {kind}, is not whole", 'copy it again', KeyError):
-        return Contents(kind, *(from_timm(state, of_timm) if of_transformers is None
-                                else from_transformers(state, of_transformers, known)), known)
+        if of_transformers is None:
+            return Contents(kind, *from_timm(state, of_timm), known)
+        known = dict(layer_norm_eps=1e-12) | known  # transformers' own, where no file says another
+        return Contents(kind, *from_transformers(state, of_transformers, known), known)
 
-# %% ../nbs/06_weights.ipynb #6f6e1a36
+# %% ../nbs/06_weights.ipynb #50f4486c
 def usual_heads(kind, width):
     "Return how many heads encoders of a width usually have"
     if kind == "solo-learn's MAE" and width < 768:
@@ -268,27 +271,27 @@ def made_of(contents, num_heads=None):
         kw['stats'] = [list(known['image_mean']), list(known['image_std'])]
     if 'blocks.0.attn.qkv.bias' not in state:
         kw['qkv_bias'] = False
-    if 'blocks.0.attn.q_norm.weight' in state:
-        kw['qk_norm'] = True
     if 'blocks.0.ls1.gamma' in state:
         kw['init_values'] = 1.
-    if 'norm_pre.weight' in state:
-        kw['pre_norm'] = True
     if 'fc_norm.weight' in state or 'cls_token' not in state:
         kw |= dict(global_pool='avg', fc_norm='fc_norm.weight' in state)
     return dict(name=name) | kw
 
-# %% ../nbs/06_weights.ipynb #4c556fa2
+# %% ../nbs/06_weights.ipynb #01e084c5
 def native_size(path, contents):
     "Return the (height, width) of the images that an encoder was made for; None where nothing tells"
     known, patch = contents.known.get('image_size'), contents.encoder['patch_embed.proj.weight'].shape[-1]
     n = tokens_of(contents.encoder)[0]
     side = math.isqrt(n)
     if known:
-        return (known, known) if isinstance(known, int) else tuple(known)
+        return tuple(known) if isinstance(known, (list, tuple)) else (known, known)
     check(side**2 == n, f"{path} has positions of {n} patches, which are no square: give `teacher.name`, "
                         "or keep it by `save_encoder`, which notes the size")
     return side*patch, side*patch
+
+def expect_colours(vit):
+    "Let an encoder expect the colours that its name at timm was trained on"
+    vit.stats = vit.recipe['stats'] = [list(vit.pretrained_cfg[k]) for k in ('mean', 'std')]
 
 def fill(vit, state, path):
     "Fill an encoder with weights, positions resampled where its images had another size"
@@ -301,25 +304,24 @@ def fill(vit, state, path):
 
 def build(path, contents, name=None, image=None, num_heads=None):
     "Make the encoder that other people's weights belong to, and say in a line what was found"
-    state, own = contents.encoder, {}
+    state = contents.encoder
     with explained(f"{path}, {contents.kind}, is not whole", 'copy it again', KeyError):
         if name:
             own = dict(num_heads=num_heads) if num_heads else {}
             own |= dict(global_pool='avg') if 'fc_norm.weight' in state else {}
             vit = plain(name, image, len(state['patch_embed.proj.weight'][0]), **own)
-            vit.stats = vit.recipe['stats'] = [list(vit.pretrained_cfg[k]) for k in ('mean', 'std')]
+            expect_colours(vit)
         else:
-            native = native_size(path, contents)
-            vit = plain(image=image or native, **made_of(contents, num_heads))
+            vit = plain(image=image or native_size(path, contents), **made_of(contents, num_heads))
         at, now = tokens_of(state)[0], vit.patch_embed.num_patches
         fill(vit, state, path)
     resampled = f', positions of {at} patches resampled' if at != now else ''
-    print(f"{path}: {contents.kind}, {len(vit.blocks)} blocks of {vit.embed_dim} channels, "
+    print(f"{Path(path).name}: {contents.kind}, {len(vit.blocks)} blocks of {vit.embed_dim} channels, "
           f"{vit.blocks[0].attn.num_heads} heads, patches of {vit.patch_embed.patch_size[0]} in "
           f"{'×'.join(map(str, vit.patch_embed.img_size))}{resampled}")
     return vit
 
-# %% ../nbs/06_weights.ipynb #058135c3
+# %% ../nbs/06_weights.ipynb #6ce1879a
 def open_encoder(
         name: str | None = None,          # of a VisionTransformer of timm's; None: what `weights` tell
         weights: str | None = None,       # a file, or a folder of `save_pretrained`; None: timm's, downloaded
@@ -339,11 +341,11 @@ def open_encoder(
     else:
         check(name, "`teacher` does not say which model it is: set `teacher.name` or `teacher.weights`")
         vit = plain(name, pretrained=True)
-        vit.stats = vit.recipe['stats'] = [list(vit.pretrained_cfg[k]) for k in ('mean', 'std')]
+        expect_colours(vit)
         vit = resize(vit, image or vit.recipe['image'])
     return vit.requires_grad_(False).eval()
 
-# %% ../nbs/06_weights.ipynb #80795022
+# %% ../nbs/06_weights.ipynb #1bd9662b
 def decoder_recipe(mae):
     "Return the keywords of `MAE` that its weights belong to"
     d = mae.decoder
@@ -400,7 +402,7 @@ def load_ours(folder, decoder):
         mae.decoder.load_state_dict(state)
     return mae
 
-# %% ../nbs/06_weights.ipynb #89b837e9
+# %% ../nbs/06_weights.ipynb #341b8089
 TASK = 'image-feature-extraction'
 CITATION = """@inproceedings{li2022semmae,
   title={{SemMAE}: Semantic-Guided Masking for Learning Masked Autoencoders},
@@ -428,7 +430,7 @@ def colours_of(vit):
     n = vit.patch_embed.proj.in_channels
     return [list(s) if n == 3 else [sum(s)/3]*n for s in vit.stats]
 
-# %% ../nbs/06_weights.ipynb #3838d0a6
+# %% ../nbs/06_weights.ipynb #79bfbbe0
 def for_timm(vit, card):
     "Return the encoder, and keywords with which timm writes it or uploads it"
     check(vit.recipe.get('eps', 1e-6) == 1e-6, f"timm's files cannot say that norms have an eps of "
@@ -448,7 +450,7 @@ def push_to_hub(vit, repo, **card):  # keywords of `model_card`
     model, options = for_timm(vit, card)
     return push_to_hf_hub(model, repo, model_card=card, task_name=TASK, **options)
 
-# %% ../nbs/06_weights.ipynb #8f31ba53
+# %% ../nbs/06_weights.ipynb #862652a2
 def check_plain(vit, format):
     "Refuse an encoder for which MAE's models have no place"
     names, state = encoder_names(len(vit.blocks)), split_qkv(vit.state_dict())
@@ -486,13 +488,12 @@ def write_mae(path, vit, mae=None):
     with atomic(path) as tmp, open(tmp, 'wb') as file:  # torch refuses some names
         torch.save(dict(model=state), file)
 
-# %% ../nbs/06_weights.ipynb #48af354c
+# %% ../nbs/06_weights.ipynb #2ec9506f
 def transformers_config(vit, mae):
     "Describe a model in transformers' words"
     mlp, heads = vit.blocks[0].mlp.fc1.out_features, vit.blocks[0].attn.num_heads
     config = dict(model_type='vit', architectures=['ViTModel'], hidden_size=vit.embed_dim,
                   num_hidden_layers=len(vit.blocks), num_attention_heads=heads, intermediate_size=mlp,
-                  hidden_act='gelu', hidden_dropout_prob=0., attention_probs_dropout_prob=0.,
                   layer_norm_eps=vit.norm.eps, image_size=vit.patch_embed.img_size[0],
                   patch_size=vit.patch_embed.patch_size[0], num_channels=vit.patch_embed.proj.in_channels,
                   qkv_bias=vit.blocks[0].attn.qkv.bias is not None)
@@ -514,7 +515,7 @@ def write_transformers(folder, vit, mae=None):
                             size=dict(height=h, width=w), do_rescale=True, rescale_factor=1/255,
                             do_normalize=True, image_mean=mean, image_std=std))
 
-# %% ../nbs/06_weights.ipynb #84ef89d0
+# %% ../nbs/06_weights.ipynb #7d51e70f
 FORMAT = "there is no format {!r} for {}: choose {}, or none"
 
 def save_encoder(vit, path, format=None,  # None, timm, transformers or mae

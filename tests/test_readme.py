@@ -12,6 +12,7 @@ import torch
 import yaml
 from PIL import Image
 from conftest import ROOT, free_port, sh, wait_for
+from transformers import ViTMAEForPreTraining
 
 from semmae.core import generator, read_json
 from semmae.weights import load_encoder
@@ -22,7 +23,7 @@ lines_of = lambda language: [line.split('  #')[0].strip() for k, block in BLOCKS
                              for line in block.splitlines() if line.strip()]
 BASH, PYTHON = lines_of('bash'), [block for k, block in BLOCKS if k == 'python']
 LARGE = lines_of('')  # commands for GPUs
-SETUP = "python3 -m venv .venv && . .venv/bin/activate && pip install -e '.[dev]' && dvc pull data && "
+SETUP = "python3 -m venv .venv && . .venv/bin/activate && pip install -e '.[{}]' && dvc pull data && "
 
 
 def small(command):
@@ -42,7 +43,8 @@ def shrink_cifar10(project):
     (project/'params.yaml').write_text(yaml.safe_dump(params))
 
 def test_the_two_commands():
-    assert BASH[:2] == [SETUP + 'dvc repro', SETUP + 'OMP_NUM_THREADS=1 nbdev_test && pytest']
+    assert BASH[:2] == [SETUP.format('dev') + 'dvc repro',
+                        SETUP.format('dev,peers') + 'OMP_NUM_THREADS=1 nbdev_test && pytest']
     run = (ROOT/'.ci/run').read_text()
     assert 'README.md' in run and "endswith('pytest')" in run
 
@@ -123,6 +125,8 @@ def test_python(project, tmp_path):
     sh(project, f'python {tmp_path}/example.py')
     encoder = load_encoder(project/'runs/mine.safetensors')
     assert encoder.embed_dim == 128
+    theirs = ViTMAEForPreTraining.from_pretrained(project/'runs/theirs')
+    assert torch.equal(theirs.vit.embeddings.cls_token, encoder.cls_token)
     sh(project, 'git clean -qfd')
 
 def test_a_new_strategy_is_found_by_its_name():
