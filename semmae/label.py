@@ -133,7 +133,7 @@ def main(argv=None):
     p.add_argument('--encoder', required=True, help="a name of timm's, or a file or folder of weights")
     p.add_argument('--out', required=True, help='folder for the maps')
     p.add_argument('--parts', type=int, default=7, help='of an image, at most; the background is one (7)')
-    p.add_argument('--image', type=int, help='side, in pixels, at which the encoder looks at images (its own)')
+    p.add_argument('--image', type=int, help='side at which the encoder looks at images, in pixels (its own)')
     p.add_argument('--seed', type=int, default=0)
     a = p.parse_args(argv)
     try:

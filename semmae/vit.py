@@ -19,8 +19,8 @@ from timm.models.vision_transformer import Attention, Block
 from torch import nn
 from torch.nn import functional as F
 
-from .core import (Amount, Layers, Side, Size, Unit, Whole, Width, check, explained, generator, grid_size,
-                         patchify)
+from .core import (Amount, Layers, Side, Size, Unit, Whole, Width, check, explained, generator,
+                         grid_size, patchify)
 from .images import IMAGENET, normalize, resized
 
 # %% ../nbs/03_vit.ipynb #5dc95bc8

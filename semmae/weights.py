@@ -247,7 +247,7 @@ def tokens_of(state):
     "Count the patches that have positions; return what is not usual about the other tokens as well"
     n, special, registers = state['pos_embed'].shape[1], 'cls_token' in state, 'register_tokens' in state
     n_registers = state.get('register_tokens', state.get('reg_token', torch.empty(1, 0))).shape[1]
-    # with registers, patches alone have positions in most models; DINOv2's class token too, which timm adds to it
+    # with registers, patches alone have positions; in DINOv2 the class token too, and timm adds its to it
     alone = registers or n_registers > 0 and math.isqrt(n)**2 == n
     kw = dict(class_token=special, reg_tokens=n_registers, no_embed_class=alone)
     usual = dict(class_token=True, reg_tokens=0, no_embed_class=False)
