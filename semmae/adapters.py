@@ -49,27 +49,29 @@ class Masking(nn.Module):
     "Hide what a strategy chooses, in models that ask for a masking of their own"
     def __init__(self, name, ratio, seed=0, **options):  # those of `find_strategy`
         super().__init__()
-        self.hide, self.seed, self.step, self.guide = find_strategy(name, ratio, **options), seed, 0, None
+        find_strategy(name, ratio, **options)  # which knows of mistakes
+        self.choice, self.seed, self.batch = dict(options, name=name, ratio=ratio), seed, None
 
-    def look_at(self, maps, progress=0.):  # (B,h,w), labels or scores, on the grid of the model's patches
-        "Tell what the next batch shows"
-        self.guide, self.progress = maps, progress
+    def look_at(self, maps, step=0, progress=0.):  # (B,h,w) labels or scores, a cell a patch
+        "Tell what the next batch shows; masks are a function of the seed and the step"
+        self.batch = maps, step, progress
 
     def forward(self, x, grid_h, grid_w):  # (B,L,D), as stable-pretraining calls it
-        check(self.guide is not None and self.guide.shape == (len(x), grid_h, grid_w),
+        check(self.batch, "nothing is known of this batch: call `look_at` before every one")
+        (maps, step, progress), self.batch = self.batch, None
+        check(tuple(maps.shape) == (len(x), grid_h, grid_w),
               f"{len(x)} images of {grid_h}×{grid_w} patches are to be masked, and the maps are "
-              f"{None if self.guide is None else tuple(self.guide.shape)}: call `look_at` before every batch")
-        gen = generator(self.seed, 'adapter', self.step, device=self.guide.device)
-        ids_keep, ids_mask = self.hide(self.guide, gen, self.progress)
-        self.step += 1
+              f"{tuple(maps.shape)}: give maps of these images, on this grid")
+        gen = generator(self.seed, 'adapter', step, device=maps.device)
+        ids_keep, ids_mask = find_strategy(**self.choice)(maps, gen, progress)
         restore = in_order(ids_keep, ids_mask)[1]
         mask = (restore >= ids_keep.shape[1]).to(x.dtype)
         return Masked(gather(x, ids_keep), mask, restore, ids_keep)
 
     def random_masking(self, x, mask_ratio):
         "Do what the method of this name does in MAE's code: return (x_masked, mask, ids_restore)"
-        check(self.guide is not None, "nothing is known of this batch: call `look_at` before it")
-        visible, mask, restore, _ = self(x, *self.guide.shape[1:])
+        check(self.batch, "nothing is known of this batch: call `look_at` before every one")
+        visible, mask, restore, _ = self(x, *self.batch[0].shape[1:])
         kept = int(x.shape[1]*(1 - mask_ratio))
         check(visible.shape[1] == kept, f"the model wants to keep {kept} patches, and the strategy keeps "
               f"{visible.shape[1]}: give both the same ratio")

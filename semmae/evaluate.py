@@ -17,14 +17,17 @@ from .vit import autocast, block_outputs, encode, pixels_of
 
 # %% ../nbs/14_evaluate.ipynb #05962f31
 def features(encoder, images,  # (N,C,H,W) bytes, or a Stream
-             blocks=(None,),   # counted from 1, None: the last; what several say stands side by side
+             blocks=None,      # one or several, counted from 1, None: the last; several stand side by side
              pool='mean',      # mean of the patches, cls, or none: a grid
              batch=250):
     "Return what an encoder says of whole images: (N,D), or (N,h,w,D) where nothing is pooled"
     ways = dict(mean=lambda x: x.patches.mean((1, 2)), cls=lambda x: x.class_token, none=lambda x: x.patches)
     check(pool in ways, f"`pool` is {pool!r}: choose mean, cls or none")
+    check(hasattr(images, 'split') and len(images),
+          "there are no images, or they are no tensor and no `Stream`: give bytes (N,C,H,W)")
+    blocks = [blocks] if blocks is None or isinstance(blocks, int) else list(blocks)
     prepare(encoder, images.device).eval()
-    out = [torch.cat([ways[pool](x) for x in block_outputs(encoder, imgs, blocks)], -1)
+    out = [torch.cat([ways[pool](x) for x in block_outputs(encoder, imgs, blocks, exact=True)], -1)
            for imgs in images.split(batch)]
     return torch.cat(out)
 

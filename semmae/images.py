@@ -136,7 +136,7 @@ IMAGENET = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 def normalize(x, stats=IMAGENET):
     "Bring pixels of 0–255 to the mean and deviation that pretrained encoders expect"
     if x.shape[1] != 3:
-        stats = [(sum(s)/3,)*x.shape[1] for s in stats]
+        stats = [(sum(s)/len(s),)*x.shape[1] for s in stats]
     mean, std = (constant(tuple(s), x.device)[:, None, None]*255 for s in stats)
     return (x - mean)/std
 

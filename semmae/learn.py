@@ -40,6 +40,10 @@ def describe(images, t, token=1, place=2, colour=6): # (B,C,H,W) bytes, (B,h,w,b
 # %% ../nbs/12_learn.ipynb #5d1c0a44
 def spread(values, cells, passed=.85, width=.5): # (B,h,w,k), (B,h,w,D)
     "Spread values over cells of the same image that are alike"
+    most = max(1, 10**8//cells.shape[1:3].numel()**2)  # images that fit into memory together
+    if len(cells) > most:
+        batches = zip(values.split(most), cells.split(most))
+        return torch.cat([spread(*batch, passed, width) for batch in batches])
     flat = cells.flatten(1, 2)
     near = (-torch.cdist(flat, flat).square()/width).exp()
     step = near/near.sum(2, keepdim=True)

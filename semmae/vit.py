@@ -156,7 +156,8 @@ class BlockOutput(NamedTuple):
 
 # %% ../nbs/03_vit.ipynb #ff20d6d1
 @torch.no_grad()
-def block_outputs(vit, images, blocks):  # (B,C,H,W) bytes; blocks counted from 1, None: the last
+def block_outputs(vit, images, blocks,  # (B,C,H,W) bytes; blocks counted from 1, None: the last
+                  exact=False):         # in float32, whatever the hardware multiplies faster
     "Return what the encoder says of images at some of its blocks, tokens after the last norm"
     blocks, n, out = [len(vit.blocks) if k is None else k for k in blocks], vit.num_prefix_tokens, {}
     check(1 <= min(blocks) and max(blocks) <= len(vit.blocks),
@@ -165,7 +166,7 @@ def block_outputs(vit, images, blocks):  # (B,C,H,W) bytes; blocks counted from 
     check(all(type(b) is Block and isinstance(b.attn, Attention) for b in vit.blocks),
           "the encoder's attention is of its own kind and cannot be read: choose another `teacher.name`")
     unflat = lambda v: v.float().unflatten(-1, vit.patch_embed.grid_size)
-    with autocast(images.device):
+    with nullcontext() if exact else autocast(images.device):
         x = vit.norm_pre(vit._pos_embed(vit.patch_embed(pixels_of(vit, images))))
         for k, block in enumerate(vit.blocks[:max(blocks)], 1):
             before, x = x, block(x)

@@ -1,4 +1,6 @@
 "Our masks in the real libraries: each hides exactly what the strategy chose."
+import pickle
+
 import pytest
 import timm
 import torch
@@ -86,7 +88,7 @@ def test_stable_pretraining(name, ratio):
     maps, _ = chosen(name)
     hide = find_strategy(name, ratio)
     for step in range(2):
-        masking.look_at(maps, progress=.5)
+        masking.look_at(maps, step, progress=.5)
         keep, hidden = hide(maps, generator(3, 'adapter', step), .5)
         out = model(PIXELS)
         assert hides(out.mask, keep, hidden) and out.num_masked == hidden.shape[1]
@@ -124,15 +126,33 @@ def test_the_method_of_maes_code(name):
 
 
 def test_maps_that_are_missing_or_of_another_batch():
-    masking = Masking('intra', .5)
+    masking, x = Masking('intra', .5), torch.randn(3, 16, 8)
     with pytest.raises(SemmaeError, match='look_at'):
-        masking.random_masking(torch.randn(3, 16, 8), .5)
+        masking.random_masking(x, .5)
+    for few, grid in ((x[:2], (4, 4)), (x, (2, 8))):
+        masking.look_at(PARTS)
+        with pytest.raises(SemmaeError, match='maps'):
+            masking(few, *grid)
     masking.look_at(PARTS)
-    for x, grid in ((torch.randn(2, 16, 8), (4, 4)), (torch.randn(3, 16, 8), (2, 8))):
-        with pytest.raises(SemmaeError, match='look_at'):
-            masking(x, *grid)
     with pytest.raises(SemmaeError, match='ratio'):
-        masking.random_masking(torch.randn(3, 16, 8), .75)
+        masking.random_masking(x, .75)
+    masking.look_at(PARTS)
+    masking.random_masking(x, .5)
+    with pytest.raises(SemmaeError, match='look_at'):
+        masking.random_masking(x, .5)
+    with pytest.raises(SemmaeError, match='nothing_like'):
+        Masking('nothing_like', .5)
+
+
+def test_masks_are_a_function_of_seed_and_step():
+    "So a run that goes on hides what it would have hidden, and a model with its masking can be copied"
+    masking, x = Masking('blend', .5, seed=2), torch.randn(3, 16, 8)
+    again = pickle.loads(pickle.dumps(masking))
+    def mask(masking, step):
+        masking.look_at(PARTS, step, progress=.3)
+        return masking(x, 4, 4).mask
+    first = mask(masking, 7)
+    assert not torch.equal(mask(masking, 8), first) and torch.equal(mask(again, 7), first)
 
 
 def test_ranks_are_told_apart_at_any_length():

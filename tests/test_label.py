@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,7 +62,8 @@ def test_pictures_and_array_say_the_same(photos, encoder, tmp_path):
             assert picture.mode == 'P' and picture.size == (40, 24)
             assert np.array_equal(np.asarray(picture)[1::3, 2::5], labels)
         assert np.array_equal(labels, again)
-    assert not list((tmp_path/'maps').glob('*.part'))
+    assert {p.name for p in (tmp_path/'maps').iterdir()} == {
+        '0', '1', '2', 'maps.npy', 'maps.json', 'parts.safetensors'}
 
 
 def test_an_interrupted_run_goes_on(photos, encoder, tmp_path, monkeypatch):
@@ -93,9 +95,16 @@ def test_images_that_come_and_go(photos, encoder, tmp_path):
     before = quiet(photos, encoder, tmp_path/'maps')
     make_image(999).resize((40, 24)).save(photos/'0/new.png')
     (photos/'0/000.png').unlink()
+    make_image(998).resize((16, 16)).save(photos/'1/001.png')  # another image under the same name
+    (tmp_path/'maps/2/002.png').unlink()
     after = quiet(photos, encoder, tmp_path/'maps')
-    assert after.keys() == before.keys() - {'0/000.png'} | {'0/new.png'}
-    assert all(np.array_equal(after[k], before[k]) for k in after.keys() & before.keys())
+    assert after.keys() == before.keys() - {'0/000.png'} | {'0/new.png'} and list(after) == sorted(after)
+    kept = after.keys() & before.keys() - {'1/001.png'}
+    assert all(np.array_equal(after[k], before[k]) for k in kept)
+    assert not np.array_equal(after['1/001.png'], before['1/001.png'])
+    assert Image.open(tmp_path/'maps/1/001.png').size == (16, 16)
+    assert not (tmp_path/'maps/0/000.png').exists() and (tmp_path/'maps/2/002.png').exists()
+    assert np.array_equal(np.load(tmp_path/'maps/maps.npy'), np.stack(list(after.values())))
 
 
 def test_a_run_that_is_killed(photos, encoder, tmp_path):
@@ -105,7 +114,7 @@ def test_a_run_that_is_killed(photos, encoder, tmp_path):
                    str(tmp_path/'e.safetensors'), '--out', str(tmp_path/out)]
         return subprocess.Popen(command, env=environment(ROOT), stdout=subprocess.DEVNULL)
     assert start('whole').wait() == 0
-    part, run = tmp_path/'maps/maps.part', start('maps')
+    part, run = tmp_path/'maps/maps.a', start('maps')
     wait_for(lambda: part.exists() and part.stat().st_size or run.poll() is not None)
     run.send_signal(signal.SIGKILL)
     run.wait()
@@ -124,13 +133,18 @@ def test_odd_images(photos, encoder, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     image.save(odd/'turned.JPG', exif=exif)
+    image.save(odd/'tilted.tif', exif=exif)
     make_image(1).resize((7, 90)).save(odd/'thin.webp')
-    (odd/'notes.txt').write_text('no image')
+    for name in ('notes.txt', 'notes.pdf', 'clip.mpg'):
+        (odd/name).write_text('no image')
+    (odd/'album.jpg').mkdir()
+    (odd/'gone.jpg').symlink_to(odd/'nowhere.jpg')
     image.save(odd/'.hidden.png')
     maps = quiet(photos, encoder, photos/'maps')  # inside of the folder itself
     assert {k for k in maps if k.startswith('odd')} == {f'odd/{k}' for k in (
-        'L.tif', 'RGBA.tif', 'P.tif', 'CMYK.tif', 'turned.JPG', 'thin.webp')}
-    assert Image.open(photos/'maps/odd/turned.png').size == (24, 40)
+        'L.tif', 'RGBA.tif', 'P.tif', 'CMYK.tif', 'turned.JPG', 'tilted.tif', 'thin.webp')}
+    for name in ('turned', 'tilted'):
+        assert Image.open(photos/f'maps/odd/{name}.png').size == (24, 40)
     assert Image.open(photos/'maps/odd/thin.png').size == (7, 90)
     assert quiet(photos, encoder, photos/'maps').keys() == maps.keys(), 'maps are no images to label'
 
@@ -155,8 +169,40 @@ def test_what_is_wrong_is_named(photos, encoder, tmp_path, capsys):
     main([str(photos), '--encoder', str(tmp_path/'e.safetensors'), '--out', str(tmp_path/'others')])
     others = quiet(photos, encoder, tmp_path/'others')
     assert same(others, quiet(photos, encoder, tmp_path/'maps'))
-    with pytest.raises(SystemExit, match='vit_nothing'):
-        main([str(photos), '--encoder', 'vit_nothing', '--out', str(tmp_path/'maps')])
+    Image.fromarray(np.zeros((9, 9), np.int32)).save(photos/'2/zzz.tif')
+    with pytest.raises(SystemExit, match='16 bits|8 bits'):
+        main([str(photos), '--encoder', str(tmp_path/'e.safetensors'), '--out', str(tmp_path/'deep')])
+
+
+@pytest.mark.parametrize('changes, named', [
+    (dict(encoder='vit_nothing'), '--encoder'), (dict(encoder='./none.pth'), 'none.pth'),
+    (dict(image='-16'), '--image'), (dict(image='17'), '17'), (dict(parts='1'), '--parts'),
+    (dict(parts='200'), 'parts'), (dict(out='file'), 'file'), (dict(out='file/below'), 'file'),
+    (dict(out='broken'), 'broken'), (dict(out='maps_of_ours'), 'maps_of_ours')], ids=str)
+def test_arguments_of_the_command_that_are_wrong(photos, encoder, tmp_path, monkeypatch, changes, named):
+    monkeypatch.chdir(tmp_path)
+    save_encoder(encoder, 'e.safetensors')
+    Path('file').write_text('no folder')
+    for folder, known in (('broken', '{'), ('maps_of_ours', '{"splits": {}}')):
+        Path(folder).mkdir()
+        Path(folder, 'maps.json').write_text(known)
+    given = dict(encoder='e.safetensors', out='maps') | changes
+    with pytest.raises(SystemExit, match=named) as e:
+        main(['photos', *[x for k, v in given.items() for x in (f'--{k}={v}',)]])
+    assert '\n' not in str(e.value) and 'teacher' not in str(e.value)
+
+
+@pytest.mark.parametrize('out', ['photos', './photos/../photos', 'link', '.', 'photos/..'])
+def test_photos_are_never_written_over(photos, encoder, tmp_path, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    Path('link').symlink_to('photos')
+    before = {p: p.read_bytes() for p in photos.rglob('*.png')}
+    for where in (out, Path(out).resolve()):
+        with pytest.raises(SemmaeError, match='holds the images'):
+            quiet(Path('photos'), encoder, where)
+    assert {p: p.read_bytes() for p in photos.rglob('*.png')} == before
+    first = quiet(Path('photos'), encoder, Path('photos/maps').resolve())
+    assert quiet(photos, encoder, 'photos/maps').keys() == first.keys(), 'maps inside are no photos'
 
 
 def test_the_command_is_the_one_that_is_installed():

@@ -1,5 +1,6 @@
 "Weights in and out: every format against the library that it comes from, or built by renaming."
 import argparse
+import json
 import os
 
 import pytest
@@ -11,11 +12,11 @@ from timm.models import save_for_hf
 from transformers import (ViTConfig, ViTForImageClassification, ViTMAEConfig, ViTMAEForPreTraining,
                           ViTMAEModel, ViTModel)
 
-from semmae.core import SemmaeError, generator
+from semmae.core import SemmaeError, generator, read_json
 from semmae.images import normalize
 from semmae.mae import MAE
 from semmae.masking import find_strategy
-from semmae.vit import block_output, encode, make_encoder
+from semmae.vit import block_output, encode, make_encoder, pixels_of
 from semmae.weights import (load_encoder, load_mae, mae_state, open_encoder, push_to_hub, save_encoder,
                             save_mae, transformers_state)
 
@@ -131,6 +132,39 @@ def test_the_student_by_name(tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_half_precision(tmp_path, dtype):
+    "To the last bit of what was stored, decoders included"
+    encoder = make_encoder(image=(32, 32), patch_size=8, embed_dim=128, depth=2, num_heads=2)
+    mae = MAE(encoder, width=64, depth=1, heads=16)
+    state = {k: v.to(dtype) for k, v in mae_state(encoder, mae).items()}
+    torch.save(dict(model=state), tmp_path/'half.pth')
+    again = load_mae(tmp_path/'half.pth', norm_pixels=True)
+    assert all(torch.equal(v, state[k].float()) for k, v in again.encoder.state_dict().items())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('kw', [
+    dict(qk_norm=True), dict(pre_norm=True), dict(reg_tokens=2, no_embed_class=True),
+    dict(class_token=False, global_pool='avg'), dict(init_values=.1), dict(image=(32, 48)),
+    dict(channels=1), dict(channels=5), dict(channels=1, stats=[[.5]*3, [.2]*3])], ids=str)
+def test_our_folders_for_timm_open_here_and_there(tmp_path, kw):
+    sizes = dict(image=(32, 32), patch_size=8, embed_dim=96, depth=2, num_heads=3)
+    encoder, channels = make_encoder(**sizes | kw).eval(), kw.get('channels', 3)
+    save_encoder(encoder, tmp_path/'f', format='timm', **CARD)
+    again, pixels = open_encoder(weights=tmp_path/'f'), torch.randn(2, channels, *encoder.recipe['image'])
+    assert torch.equal(encode(again, pixels), encode(encoder, pixels))
+    theirs = timm.create_model(f'local-dir:{tmp_path}/f', pretrained=True).eval()
+    assert torch.equal(theirs.forward_features(pixels), encoder.forward_features(pixels))
+    images = torch.randint(256, (2, channels, 40, 40), dtype=torch.uint8)
+    assert torch.allclose(pixels_of(again, images), pixels_of(encoder, images), atol=1e-5)
+    save_encoder(again, tmp_path/'g', format='timm', **CARD)
+    for k in ('mean', 'std'):
+        assert read_json(tmp_path/'g/config.json')['pretrained_cfg'][k] == pytest.approx(
+            read_json(tmp_path/'f/config.json')['pretrained_cfg'][k])
+
+
+@torch.no_grad()
 def test_timms_folder(tmp_path):
     "Its colours, its heads and its size are those that timm notes"
     model = peer('vit_small_patch16_224', num_heads=4)
@@ -210,6 +244,19 @@ def test_vitmae_both_ways(tmp_path, norm_pixels):
 
 
 @torch.no_grad()
+def test_semmaes_autoencoder_of_patch_8(tmp_path):
+    "784 patches of an image, a quarter of which it was trained on at a time"
+    encoder = make_encoder(image=(224, 224), patch_size=8, embed_dim=64, depth=1, num_heads=1)
+    mae = MAE(encoder, width=32, depth=1, heads=16, norm_pixels=False).eval()
+    torch.save(dict(model=mae_state(mae.encoder, mae)), tmp_path/'semmae.pth')
+    again = load_mae(tmp_path/'semmae.pth', norm_pixels=False).eval()
+    assert again.encoder.pos_embed.shape == (1, 785, 64)
+    masks = find_strategy('random', .75)(torch.zeros(1, 28, 28), generator(0))
+    pixels = torch.randn(1, 3, 224, 224)
+    assert torch.equal(again(pixels, *masks)[0], mae(pixels, *masks)[0])
+
+
+@torch.no_grad()
 @pytest.mark.parametrize('start, wrap', [
     (('', ''), lambda x: dict(model=x, args=ARGS)),
     (('backbone.vit.', 'decoder.'), lambda x: x),
@@ -282,8 +329,14 @@ def test_positions_of_another_grid_are_resampled_and_that_is_said(tmp_path, caps
     torch.save(dict(model=peer().state_dict()), tmp_path/'mae.pth')
     encoder = open_encoder(weights=tmp_path/'mae.pth', image=(64, 32))
     assert block_output(encoder, IMAGES).patches.shape == (2, 8, 4, 128)
-    assert 'positions of 16 patches resampled' in capsys.readouterr().out
+    assert 'positions resampled' in capsys.readouterr().out
     open_encoder(weights=tmp_path/'mae.pth', image=(32, 32))
+    assert 'resampled' not in capsys.readouterr().out
+    save_encoder(encoder, tmp_path/'ours.safetensors')
+    open_encoder(weights=tmp_path/'ours.safetensors', image=(32, 32))
+    assert 'resampled' in capsys.readouterr().out
+    torch.save(dinov2(peer(**REGISTERS)), tmp_path/'dinov2.pth')
+    open_encoder(weights=tmp_path/'dinov2.pth')
     assert 'resampled' not in capsys.readouterr().out
 
 
@@ -323,6 +376,71 @@ def test_a_file_that_is_refused(tmp_path, monkeypatch, name):
             read(tmp_path/'bad.pth')
         assert 'bad.pth' in str(e.value) and '\n' not in str(e.value)
     assert not (tmp_path/'ran').exists()
+
+
+def with_key(key, value):
+    return lambda: MODEL.state_dict() | mae_decoder() | {key: value}
+
+
+MALFORMED = {
+    'video': with_key('patch_embed.proj.weight', torch.zeros(128, 3, 2, 8, 8)),
+    'flat kernel': with_key('patch_embed.proj.weight', torch.zeros(128, 192)),
+    'flat positions': with_key('pos_embed', torch.zeros(17)),
+    'positions of another width': with_key('pos_embed', torch.zeros(1, 17, 64)),
+    'number for a name': with_key(3, torch.zeros(3)),
+    'scalar': with_key('decoder_embed.weight', torch.zeros(())),
+    'no student': lambda: dict(teacher={k: v for k, v in full(MODEL)['teacher'].items() if 'norm1' not in k},
+                               student=None),
+    'no mask token': lambda: {k: v for k, v in with_key('x', torch.zeros(1))().items() if k != 'mask_token'}}
+
+
+@pytest.mark.parametrize('name', MALFORMED)
+def test_a_malformed_file_is_refused_in_one_sentence(tmp_path, name):
+    torch.save(MALFORMED[name](), tmp_path/'odd.pth')
+    refused = 0
+    for read in (lambda path: open_encoder(weights=path), lambda path: load_mae(path, norm_pixels=True)):
+        try:
+            read(tmp_path/'odd.pth')
+        except SemmaeError as e:
+            refused += 1
+            assert 'odd.pth' in str(e) and '\n' not in str(e)
+    assert refused or name == 'number for a name'
+
+
+@pytest.mark.parametrize('config', [
+    '{', '{"architecture": "vit_base_patch16_224", "model_args": null, "pretrained_cfg": {}}',
+    '{"architecture": "nothing"}', '{"image_mean": null, "image_std": 3}', '{"num_attention_heads": "x"}',
+    '{"image_size": "x"}', '{"layer_norm_eps": "x"}', '{"model_type": "beit"}'])
+def test_what_lies_beside_weights_may_be_wrong(tmp_path, config):
+    save_file(MODEL.state_dict(), tmp_path/'model.safetensors')
+    (tmp_path/'config.json').write_text(config)
+    with pytest.raises(SemmaeError, match=tmp_path.name):
+        open_encoder(weights=tmp_path)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('change', [dict(hidden_act='relu'), dict(num_hidden_layers=1),
+                                    dict(num_hidden_layers=3)], ids=str)
+def test_a_folder_whose_config_tells_of_another_model(tmp_path, change):
+    shuffled(ViTModel(vit_config())).save_pretrained(tmp_path)
+    config = read_json(tmp_path/'config.json')
+    (tmp_path/'config.json').write_text(json.dumps(config | change))
+    with pytest.raises(SemmaeError, match=next(iter(change))):
+        open_encoder(weights=tmp_path)
+
+
+def test_damaged_pickles(tmp_path):
+    "Whatever torch raises"
+    torch.save(dict(model=dict(list(MODEL.state_dict().items())[:3]), args=ARGS), tmp_path/'whole.pth',
+               _use_new_zipfile_serialization=False)
+    whole = (tmp_path/'whole.pth').read_bytes()
+    for k in range(150):
+        gen, bad = generator('damage', k), bytearray(whole)
+        for at in torch.randint(0, 900, (3,), generator=gen).tolist():
+            bad[at] = int(torch.randint(0, 256, (1,), generator=gen))
+        (tmp_path/'bad.pth').write_bytes(bad)
+        with pytest.raises(SemmaeError, match='bad.pth'):
+            open_encoder(weights=tmp_path/'bad.pth')
 
 
 @pytest.mark.parametrize('share', [0, .01, .5, .99])
@@ -367,6 +485,21 @@ def test_an_encoder_that_a_format_has_no_place_for(tmp_path):
     for format in ('mae', 'timm'):
         with pytest.raises(SemmaeError, match='eps'):
             save_encoder(make_encoder(depth=1, eps=1e-5), tmp_path/'y', format=format, **CARD)
+    unlike, bare = MAE(make_encoder(depth=1, eps=1e-5)), MAE(make_encoder(depth=1, qkv_bias=False))
+    for mae, named in ((unlike, 'eps'), (bare, 'bias')):
+        for format in ('mae', 'transformers'):
+            with pytest.raises(SemmaeError, match=named):
+                save_mae(mae, tmp_path/'y', format=format, **CARD)
+    save_encoder(bare.encoder, tmp_path/'bare', format='transformers', **CARD)
+    assert torch.equal(open_encoder(weights=tmp_path/'bare').pos_embed, bare.encoder.pos_embed)
+    (tmp_path/'file').touch()
+    (tmp_path/'folder').mkdir()
+    for format, path in (('timm', 'file'), ('transformers', 'file'), ('mae', 'folder')):
+        with pytest.raises(SemmaeError, match=path):
+            save_encoder(make_encoder(depth=1), tmp_path/path, format=format, **CARD)
+    for card in (dict(), dict(license='mine: all', data='x')):
+        with pytest.raises(SemmaeError, match='license'):
+            save_encoder(make_encoder(depth=1), tmp_path/'c', format='timm', **card)
     crossed = MAE(make_encoder(depth=1), kind='cross', width=32, depth=1, heads=2)
     for format in ('mae', 'transformers'):
         with pytest.raises(SemmaeError, match='cross'):
