@@ -405,7 +405,7 @@ def load_mae(path,            # a folder of `save_mae` or `save_pretrained`, or 
     contents = read_contents(path)
     with explained(f"the decoder in {path}, {contents.kind}, is not whole", 'copy it again'):
         found = found_decoder(path, contents, decoder)
-    also = '; its decoder {depth} blocks of {width} channels, {heads} heads'.format(**found)
+    also = '; decoder of depth {depth}, width {width}, {heads} heads'.format(**found)
     encoder = build(path, contents, num_heads=num_heads, also=also)
     with explained(f"the decoder in {path} does not fit {found}", 'correct them, or copy the file again'):
         mae = make_mae(encoder, **found)
