@@ -23,7 +23,7 @@ lines_of = lambda language: [line.split('  #')[0].strip() for k, block in BLOCKS
                              for line in block.splitlines() if line.strip()]
 BASH, PYTHON = lines_of('bash'), [block for k, block in BLOCKS if k == 'python']
 LARGE = lines_of('')  # commands for GPUs
-SETUP = "python3 -m venv .venv && . .venv/bin/activate && pip install -e '.[{}]' && dvc pull data && "
+SETUP = "python3 -m venv .venv && . .venv/bin/activate && pip install -e '.[dev]' && dvc pull data && "
 
 
 def small(command):
@@ -43,8 +43,7 @@ def shrink_cifar10(project):
     (project/'params.yaml').write_text(yaml.safe_dump(params))
 
 def test_the_two_commands():
-    assert BASH[:2] == [SETUP.format('dev') + 'dvc repro',
-                        SETUP.format('dev,peers') + 'OMP_NUM_THREADS=1 nbdev_test && pytest']
+    assert BASH[:2] == [SETUP + 'dvc repro', SETUP + 'OMP_NUM_THREADS=1 nbdev_test && pytest']
     run = (ROOT/'.ci/run').read_text()
     assert 'README.md' in run and "endswith('pytest')" in run
 
