@@ -47,6 +47,7 @@ def list_images(folder, out):
         files[file] = name
     return {name: file for file, name in files.items()}
 
+# %% ../nbs/19_label.ipynb #aa03189d
 def save_map(labels, image, file):  # (h,w), and the file of its image
     "Write a label map as a PNG of the image's size, with a palette"
     with Image.open(image) as img:
@@ -96,6 +97,7 @@ def label_folder(folder, encoder, out, n_parts=7, seed=0, log=print):  # parts o
                    "see that the folder can be written to and that no other run uses it, or choose another"):
         return label_files(folder, files, encoder, out, n_parts, seed, log)
 
+# %% ../nbs/19_label.ipynb #cde3e39d
 def label_files(folder, files, encoder, out, n_parts, seed, log):
     "Label images that are not labelled yet; return all maps by name"
     images = {name: told_by(folder/name) for name in files}
@@ -118,6 +120,7 @@ def label_files(folder, files, encoder, out, n_parts, seed, log):
     keep(out, about, images, maps, 'maps.npy')
     return {name: maps[name] for name in images}
 
+# %% ../nbs/19_label.ipynb #a890dd66
 def stream_of(folder, names, encoder):
     "Stream images as an encoder looks at them"
     size, channels = encoder.patch_embed.img_size, encoder.patch_embed.proj.in_channels
@@ -135,6 +138,7 @@ def open_learned(folder, names, encoder, out, n_parts, seed, log, earlier):
     parts.save(file)
     return parts
 
+# %% ../nbs/19_label.ipynb #8c03b2d6
 def label_rest(parts, images, files, folder, part, log):
     "Label a stream of images; write a map each, and append all to one file"
     start = said = time.time()
@@ -164,6 +168,7 @@ def open_named(named, side):
         encoder = resize(encoder, tuple(min(n, most) for n in native))
     return encoder.cuda() if torch.cuda.is_available() else encoder
 
+# %% ../nbs/19_label.ipynb #f41f44de
 def main(argv=None):
     "Run the command `semmae-parts`"
     p = argparse.ArgumentParser('semmae-parts', description='Find parts in the images of a folder.')

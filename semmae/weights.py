@@ -76,6 +76,7 @@ def inverse(names):
     "Map them the other way"
     return {v: k for k, v in names.items()}
 
+# %% ../nbs/06_weights.ipynb #c0e82fd3
 def rename(state, names):
     "Give tensors the names of other layers; what belongs to no layer in `names` is left out"
     out = {}
@@ -188,6 +189,7 @@ def before(state, ending):
     found = [k.removesuffix(ending) for k in state if k.endswith(ending)]
     return found[0] if len(found) == 1 else None
 
+# %% ../nbs/06_weights.ipynb #89301bea
 def from_transformers(state, start, config):
     "Take encoder and decoder from tensors that transformers wrote"
     # version 5 writes a decoder's layers under a name of its own
@@ -255,6 +257,7 @@ def tokens_of(state):
     usual = dict(class_token=True, reg_tokens=0, no_embed_class=False)
     return n - dinov2 if alone else n - special - registers, {k: v for k, v in kw.items() if v != usual[k]}
 
+# %% ../nbs/06_weights.ipynb #74fc721b
 def made_of(path, contents, num_heads=None):
     "Read off the tensors which VisionTransformer they belong to: keywords of `plain`"
     state, config = contents.encoder, contents.config
@@ -304,6 +307,7 @@ def fill(vit, state):
     vit.load_state_dict(checkpoint_filter_fn(dict(state), vit))
     return state['pos_embed'].shape[1] - ('register_tokens' in state) != vit.pos_embed.shape[1]
 
+# %% ../nbs/06_weights.ipynb #b9818e09
 def build(path, contents, name=None, image=None, num_heads=None, also=''):
     "Make the encoder that other people's weights belong to, and say in a line what was found"
     name = name or contents.config.get('architecture')  # which timm notes in its folders
@@ -380,6 +384,7 @@ def fill_decoder(mae, state, path):
                 "alone, by `open_encoder`")
     mae.decoder.load_state_dict(state)
 
+# %% ../nbs/06_weights.ipynb #1ccd74b4
 def found_decoder(path, contents, options):
     "Return the keywords of `make_mae` for a decoder of other people's; `options` are the user's"
     state, config = contents.decoder, contents.config
@@ -395,6 +400,7 @@ def found_decoder(path, contents, options):
           "(MAE's `_full` files) or `False` (its `visualize` files)")
     return found
 
+# %% ../nbs/06_weights.ipynb #8d64292a
 def load_mae(path,            # a folder of `save_mae` or `save_pretrained`, or a file
              num_heads=None,  # of the encoder, where the file does not tell
              **decoder):      # keywords of `MAE` that the file does not tell, such as norm_pixels and heads
@@ -495,6 +501,7 @@ def mae_state(vit, mae=None):
     decoder = rename(decoder_state(mae), decoder_names(len(mae.decoder.blocks))) if mae else {}
     return vit.state_dict() | decoder
 
+# %% ../nbs/06_weights.ipynb #49a33aa8
 def transformers_state(vit, mae=None):
     "Name an encoder's tensors, or an autoencoder's, as transformers does"
     check_plain(vit, 'transformers', mae)
@@ -559,6 +566,7 @@ def save_encoder(vit, path, format=None,  # None, timm, transformers or mae
         return write(path, format, ('timm', 'transformers', 'mae'), vit, None, card)
     write_weights(path, vit.state_dict(), recipe=json.dumps(vit.recipe))
 
+# %% ../nbs/06_weights.ipynb #c6be363b
 def save_mae(mae, path, format=None,  # None, transformers or mae
              **card):                 # keywords of `model_card`, for a folder
     "Write an autoencoder: ours as encoder.safetensors and decoder.safetensors, or what another library opens"
