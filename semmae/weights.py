@@ -6,10 +6,10 @@
 __all__ = ['BLOCK', 'FORMATS', 'OTHERS', 'TASK', 'CITATION', 'USE', 'write_weights', 'read_weights', 'load_encoder',
            'encoder_names', 'decoder_names', 'inverse', 'rename', 'split_qkv', 'join_qkv', 'read_file', 'find_weights',
            'some', 'Contents', 'without', 'count', 'before', 'from_transformers', 'from_timm', 'read_contents',
-           'usual_heads', 'tokens_of', 'made_of', 'named', 'fill', 'build', 'say', 'open_encoder', 'decoder_recipe',
-           'make_mae', 'fill_decoder', 'found_decoder', 'load_mae', 'load_ours', 'model_card', 'colours_of', 'for_timm',
-           'push_to_hub', 'check_plain', 'decoder_state', 'mae_state', 'transformers_state', 'transformers_config',
-           'write_transformers', 'write', 'save_encoder', 'save_mae']
+           'usual_heads', 'tokens_of', 'made_of', 'named', 'fill', 'build', 'say_found', 'open_encoder',
+           'decoder_recipe', 'make_mae', 'fill_decoder', 'found_decoder', 'load_mae', 'load_ours', 'model_card',
+           'colours_of', 'for_timm', 'push_to_hub', 'check_plain', 'decoder_state', 'mae_state', 'transformers_state',
+           'transformers_config', 'write_transformers', 'write_format', 'save_encoder', 'save_mae']
 
 # %% ../nbs/06_weights.ipynb #e9ef1c38
 import argparse, copy, json, math, re
@@ -300,7 +300,7 @@ def named(name, contents, num_heads=None):
     return dict(name=name, image=noted.get('img_size'), channels=channels) | kw
 
 def fill(vit, state):
-    "Fill an encoder with weights, positions resampled where its images had another size"
+    "Fill an encoder with weights; return whether positions were resampled to another size of images"
     found, patch = state['patch_embed.proj.weight'].shape[-1], vit.patch_embed.patch_size[0]
     if found != patch:  # which timm would resample
         raise ValueError(f'its patches are of {found}, not of {patch}')
@@ -318,15 +318,15 @@ def build(path, contents, name=None, image=None, num_heads=None, also=''):
         except SemmaeError as e:
             raise SemmaeError(f'{path}, {contents.kind}: {e}') from e
         if name:
-            seen = contents.config.get('pretrained_cfg', vit.pretrained_cfg)
-            vit.stats = vit.recipe['stats'] = [list(seen[k]) for k in ('mean', 'std')]
+            colours = contents.config.get('pretrained_cfg', vit.pretrained_cfg)
+            vit.stats = vit.recipe['stats'] = [list(colours[k]) for k in ('mean', 'std')]
     advice = 'set `teacher.name` to the one it was trained as'
     with explained(f"{path} does not fit {vit.recipe['name']}", advice):
         resampled = fill(vit, contents.encoder)
-    say(path, f'{contents.kind}, ', vit, resampled, also)
+    say_found(path, f'{contents.kind}, ', vit, resampled, also)
     return vit
 
-def say(path, kind, vit, resampled, also=''):
+def say_found(path, kind, vit, resampled, also=''):
     "Say in a line what was opened"
     (h, w), more = vit.patch_embed.img_size, ', positions resampled' if resampled else ''
     print(f"{Path(path).name}: {kind}{len(vit.blocks)} blocks of {vit.embed_dim} channels, "
@@ -350,7 +350,7 @@ def open_encoder(
               f"{weights} holds a {vit.recipe['name']}, no {name}: correct `teacher.name`, or leave it out")
         vit = resize(vit, image or own)
         if list(vit.patch_embed.img_size) != own:
-            say(weights, '', vit, True)
+            say_found(weights, '', vit, True)
     elif weights:
         vit = build(weights, read_contents(weights, branch), name, image, num_heads)
     else:
@@ -488,7 +488,7 @@ def check_plain(vit, format, mae=None):
         'a qkv layer without bias': vit.blocks[0].attn.qkv.bias is None and (mae or not flexible),
         'a decoder with an eps of its own': mae and mae.decoder.norm.eps != eps,
         'a decoder of the kind cross': mae and mae.decoder.kind != 'self'}.items() if so]
-    check(not lost, f"the format {format} has no place for {', '.join(lost[:3])}: choose timm, or none")
+    check(not lost, f"the format {format} has no place for {', '.join(lost[:3])}: choose another, or none")
 
 def decoder_state(mae):
     "Return the decoder's tensors as MAE shapes them, positions among them"
@@ -540,7 +540,7 @@ def write_transformers(folder, vit, mae=None):
             tmp.write_text(json.dumps(said, indent=1))
 
 # %% ../nbs/06_weights.ipynb #7d51e70f
-def write(path, format, formats, vit, mae, card):
+def write_format(path, format, formats, vit, mae, card):
     "Write an encoder, or an autoencoder, in a format of other people's"
     what = 'an autoencoder' if mae else 'an encoder'
     check(format in formats,
@@ -563,7 +563,7 @@ def save_encoder(vit, path, format=None,  # None, timm, transformers or mae
                  **card):                 # keywords of `model_card`, for a folder
     "Write an encoder: ours with its recipe, or what another library opens"
     if format:
-        return write(path, format, ('timm', 'transformers', 'mae'), vit, None, card)
+        return write_format(path, format, ('timm', 'transformers', 'mae'), vit, None, card)
     write_weights(path, vit.state_dict(), recipe=json.dumps(vit.recipe))
 
 # %% ../nbs/06_weights.ipynb #c6be363b
@@ -571,7 +571,7 @@ def save_mae(mae, path, format=None,  # None, transformers or mae
              **card):                 # keywords of `model_card`, for a folder
     "Write an autoencoder: ours as encoder.safetensors and decoder.safetensors, or what another library opens"
     if format:
-        return write(path, format, ('transformers', 'mae'), mae.encoder, mae, card)
+        return write_format(path, format, ('transformers', 'mae'), mae.encoder, mae, card)
     save_encoder(mae.encoder, Path(path)/'encoder.safetensors')
     about = json.dumps(decoder_recipe(mae))
     write_weights(Path(path)/'decoder.safetensors', mae.decoder.state_dict(), decoder=about)
