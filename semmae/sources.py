@@ -6,7 +6,7 @@
 __all__ = ['SPLITS', 'SYNONYMS', 'READERS', 'WORK', 'unless_killed', 'Channels', 'Source', 'hold_out', 'read_paths', 'reader',
            'hidden', 'folder_source', 'read_tar', 'tar_source', 'class_names', 'timm_source', 'open_source', 'decode',
            'begin_worker', 'decode_some', 'open_pool', 'Workers', 'Stream', 'fits_in_memory', 'read_all',
-           'read_targets', 'ids_of', 'load_images']
+           'read_targets', 'ids_of', 'read_parts', 'load_images']
 
 # %% ../nbs/17_sources.ipynb #0c2eab55
 import hashlib, io, math, mmap, os, signal, sys, tarfile, threading
@@ -26,8 +26,8 @@ from PIL import Image, ImageOps
 from timm.data import create_dataset
 from torch.utils.data import ConcatDataset
 
-from .core import Count, Size, check, die_with_parent, explained, find_path, generator
-from .images import ImageSet
+from .core import Count, Share, Size, check, die_with_parent, explained, find_path, generator
+from .images import VOID, ImageSet
 
 # %% ../nbs/17_sources.ipynb #8ea4fbe2
 SPLITS = 'train', 'val', 'test'
@@ -42,18 +42,22 @@ class Source:
     labels: list = None    # class names, one per image; None: no labels
     parts: Callable = None # index -> (h,w) uint8 map of true parts
     targets: dict = field(default_factory=lambda: {'class': str}) # name -> what it makes of a label
+    maps: Callable = None  # index -> PIL image of a label a pixel; `VOID`: none
+    keys: list = None      # names that are the same wherever the source lies; None: `names`
 
 # %% ../nbs/17_sources.ipynb #f7542698
-def hold_out(names, splits, labels=None):
-    "Return `splits` with the missing val and test taken from train, a tenth of every class each"
+def hold_out(names, splits, labels=None, share=.1):
+    "Return `splits` with the missing val and test taken from train, a share of every class each"
     splits, groups = list(splits), {}
+    if 'test' not in splits:
+        splits = ['test' if s == 'val' else s for s in splits]
     for i, s in enumerate(splits):
         if s == 'train':
             groups.setdefault(labels and labels[i], []).append(i)
     missing = [s for s in ('val', 'test') if s not in splits]
     for ids in groups.values():
         ids.sort(key=lambda i: hashlib.sha1(names[i].encode()).digest())
-        n = max(1, len(ids)//10)
+        n = max(1, int(share*len(ids)))
         for k, i in enumerate(ids[:n*len(missing)]):
             splits[i] = missing[k//n]
     return splits
@@ -62,22 +66,22 @@ def hold_out(names, splits, labels=None):
 SYNONYMS = {'training': 'train', 'valid': 'val', 'validation': 'val', 'testing': 'test'}
 
 def read_paths(paths):
-    "Return what paths of the form `[split/][class/]name` say, or `hold_out`: (splits, labels or None)"
+    "Return what paths of the form `[split/][class/]name` say: (keys of a `Source`, splits, labels or None)"
     parts = [Path(p).parts for p in paths]
     while all(len(p) > 1 for p in parts) and len({p[0] for p in parts}) == 1 and parts[0][0] not in SPLITS:
         parts = [p[1:] for p in parts]
     parts = [(SYNONYMS.get(p[0], p[0]), *p[1:]) for p in parts]
-    names, splits = ['/'.join(p) for p in parts], ['train']*len(parts)
+    keys, splits = ['/'.join(p) for p in parts], ['train']*len(parts)
     if any(p[0] in SPLITS for p in parts):
         for path, p in zip(paths, parts):
             check(p[0] in SPLITS, f"{path} lies beside the folders train, val and test: move it into one")
         splits, parts = [p[0] for p in parts], [p[1:] for p in parts]
     labels = [p[0] if len(p) > 1 else None for p in parts]
     if not any(labels):
-        return hold_out(names, splits), None
+        return keys, splits, None
     for path, label in zip(paths, labels):
         check(label, f"{path} lies outside the class folders: move it into one")
-    return hold_out(names, splits, labels), labels
+    return keys, splits, labels
 
 # %% ../nbs/17_sources.ipynb #c24ae619
 READERS = []
@@ -98,8 +102,8 @@ def hidden(path):
 def folder_source(path):
     "Open images in a folder, with or without folders for splits and classes"
     files = sorted(p for p in path.rglob('*') if not p.is_dir() and not hidden(p.relative_to(path)))
-    splits, labels = read_paths([str(f.relative_to(path)) for f in files])
-    return Source([str(f) for f in files], splits, lambda i: Image.open(files[i]), files, labels)
+    keys, splits, labels = read_paths([str(f.relative_to(path)) for f in files])
+    return Source([str(f) for f in files], splits, lambda i: Image.open(files[i]), files, labels, keys=keys)
 
 # %% ../nbs/17_sources.ipynb #bf517a84
 def read_tar(path):
@@ -121,9 +125,9 @@ def tar_source(path):
     "Open images in a tar file, laid out like a folder"
     blobs = read_tar(path)
     names = sorted(blobs)
-    splits, labels = read_paths(names)
+    keys, splits, labels = read_paths(names)
     return Source([f'{path}:{n}' for n in names], splits,
-                  lambda i: Image.open(io.BytesIO(blobs[names[i]]())), [path], labels)
+                  lambda i: Image.open(io.BytesIO(blobs[names[i]]())), [path], labels, keys=keys)
 
 # %% ../nbs/17_sources.ipynb #99862f72
 def class_names(targets, classes=None):
@@ -149,10 +153,10 @@ def timm_source(name): # torch/cifar10, hfds/…
     targets = ([*train.targets, *test.targets] if hasattr(train, 'targets')
                else [images[i][1] for i in range(len(images))])  # which decodes them
     labels = class_names(targets, getattr(train, 'classes', None))
-    return Source(names, hold_out(names, splits, labels), lambda i: images[i][0], [], labels)
+    return Source(names, splits, lambda i: images[i][0], [], labels)
 
 # %% ../nbs/17_sources.ipynb #912e20ca
-def open_source(source, root='.'): # a path, from `root` on, or timm's name
+def open_source(source, root='.', held=.1): # a path, from `root` on, or timm's name; see `hold_out`
     "Open the source that `source` names, once every class has images in every split"
     path = find_path('data.source', source, root).resolve()
     if not path.exists() and str(source).startswith(('torch/', 'hfds/')):
@@ -163,6 +167,7 @@ def open_source(source, root='.'): # a path, from `root` on, or timm's name
                     "to an image folder, a tar or a timm dataset name (torch/…, hfds/…)")
         src = read(path)
     check(src.names, f"{path} holds no images: set `data.source` to what does")
+    src.splits = hold_out(src.keys or src.names, src.splits, src.labels, held)
     found = set(zip(src.labels or (), src.splits))
     for c in sorted({label for label, _ in found}):
         missing = [s for s in SPLITS if (c, s) not in found]
@@ -317,7 +322,8 @@ def read_targets(src, ids):
     if not src.labels:
         return {}, {}
     classes = {k: sorted(set(map(f, src.labels))) for k, f in src.targets.items()}
-    return {k: torch.tensor([classes[k].index(f(src.labels[i])) for i in ids])
+    numbers = {k: {name: n for n, name in enumerate(names)} for k, names in classes.items()}
+    return {k: torch.tensor([numbers[k][f(src.labels[i])] for i in ids])
             for k, f in src.targets.items()}, classes
 
 def ids_of(src, split, limit=None):
@@ -328,6 +334,15 @@ def ids_of(src, split, limit=None):
         ids = [ids[k] for k in torch.randperm(len(ids), generator=generator('limit'))[:limit].sort().values]
     return ids
 
+# %% ../nbs/17_sources.ipynb #ac774f6d
+def read_parts(src, ids, size):
+    "Return the true parts of images `ids`, (N,h,w) bytes, `VOID` where nobody knows; None without any"
+    if src.maps:
+        columns, rows = (max(1, side//4) for side in size[::-1])
+        maps = [np.asarray(ImageOps.fit(src.maps(i), (columns, rows), Image.NEAREST)) for i in ids]
+        return torch.from_numpy(np.stack(maps))
+    return torch.from_numpy(np.stack([src.parts(i) for i in ids])) if src.parts else None
+
 # %% ../nbs/17_sources.ipynb #0c49cec5
 Channels = Annotated[int, Ge(1), Le(1)] | Annotated[int, Ge(3), Le(3)]  # a Literal would take true for 1
 
@@ -335,17 +350,17 @@ def load_images(source: str,        # an image folder, a tar of one, or timm's n
                 splits=SPLITS, root='.', *,
                 size: Size,
                 channels: Channels = 3,
+                held: Share = .1,            # of train, for each split that the source does not have
                 limit: Count | None = None,  # take this many images of a split
                 stream: bool | None = None): # decode when asked for; None: when the images do not fit
     "Load the splits of a source, decoded or as streams"
-    src = open_source(source, root)
+    src = open_source(source, root, held)
     each = [ids_of(src, split, limit) for split in splits]
     if stream is None:
         stream = not fits_in_memory(sum(map(len, each))*channels*math.prod(size))
     out = []
     for ids in each:
         images = Stream(src, ids, size, channels)
-        parts = torch.from_numpy(np.stack([src.parts(i) for i in ids])) if src.parts else None
-        out.append(ImageSet(images if stream else read_all(images), *read_targets(src, ids), parts,
-                            [src.names[i] for i in ids]))
+        out.append(ImageSet(images if stream else read_all(images), *read_targets(src, ids),
+                            read_parts(src, ids, size), [src.names[i] for i in ids]))
     return out

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..core import check, explained, read_json
 from ..demo.source import sheet_source  # so that `load_images` knows it
-from ..sources import SPLITS, Source, hold_out, load_images, reader
+from ..sources import SPLITS, Source, load_images, reader
 
 # %% ../../nbs/pipeline/glue/02_data.ipynb #78c5d69e
 CIFAR10 = 'airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck'
@@ -43,7 +43,7 @@ def cifar_source(path):
     splits, labels = ['train']*n + ['test']*(len(images) - n), [CIFAR10[k] for k in labels]
     names = [f'torch/cifar10/{split}/{i if i < n else i - n}' for i, split in enumerate(splits)]
     files = [path] if path.is_file() else [path/sheet for sheet in SHEETS]
-    return Source(names, hold_out(names, splits, labels), lambda i: Image.fromarray(images[i]), files, labels)
+    return Source(names, splits, lambda i: Image.fromarray(images[i]), files, labels)
 
 # %% ../../nbs/pipeline/glue/02_data.ipynb #fc5f764f
 def load_data(cfg, root, splits=SPLITS):
