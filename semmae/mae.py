@@ -109,6 +109,7 @@ class MAE(nn.Module):
         encoder.pos_embed.requires_grad_(False)  # fixed, as in MAE
         self.encoder, self.share, self.norm_pixels = encoder, share, norm_pixels
         self.patch, self.grid = encoder.patch_embed.patch_size[0], encoder.patch_embed.grid_size
+        self.part = self.grid[0]*self.grid[1]  # patches that take part in training, all or fewer
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.decoder = DECODERS[kind](encoder, self.grid, **options)
@@ -121,7 +122,7 @@ class MAE(nn.Module):
     def predict(self, imgs, ids_keep, ids_mask, share=1.):
         "Paint a share of the hidden patches, whose order is random"
         (B, n), (h, w) = torch.cat([ids_keep, ids_mask], 1).shape, self.grid
-        check((B, n) == (len(imgs), h*w), f"there are masks for {B} images of {n} patches, and {len(imgs)} "
+        check(B == len(imgs) and n in (h*w, self.part), f"there are masks for {B} images of {n} patches, and {len(imgs)} "
               f"images of {h*w}: make them on the encoder's grid, {h}×{w}")
         some = ids_mask[:, :max(1, round(share*ids_mask.shape[1]))]
         return self.decoder(encode(self.encoder, imgs, ids_keep), ids_keep, some)
@@ -138,10 +139,11 @@ class MAE(nn.Module):
 # %% ../nbs/05_mae.ipynb #50294d3f
 @torch.no_grad()
 def reconstruct(mae, imgs, ids_keep, ids_mask):
-    "Return (masked, painted) images, both (B,C,H,W) and normalised like `imgs`"
+    "Return [masked, painted] images, both (B,C,H,W) and normalised like `imgs`"
     patches, pred = patchify(imgs, mae.patch), mae.predict(imgs, ids_keep, ids_mask).float()
+    place = lambda ids: ids[..., None].expand(-1, -1, patches.shape[2])
     if mae.norm_pixels:
         true = gather(patches, ids_mask)
         pred = pred*(true.var(2, keepdim=True) + 1e-6).sqrt() + true.mean(2, keepdim=True)
-    painted = patches.scatter(1, ids_mask[..., None].expand(-1, -1, patches.shape[2]), pred)
-    return blank(imgs, ids_mask, mae.patch), unpatchify(painted, mae.patch, imgs.shape[2:])
+    kept = torch.zeros_like(patches).scatter(1, place(ids_keep), gather(patches, ids_keep))
+    return [unpatchify(x, mae.patch, imgs.shape[2:]) for x in (kept, kept.scatter(1, place(ids_mask), pred))]

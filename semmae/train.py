@@ -147,10 +147,10 @@ def modules_of(source, code=CODE, without=()): # names that are not followed
     return dict(sorted(found.items()))
 
 # %% ../nbs/08_train.ipynb #2ef0892b
-def run_key(module, images, guide=None, code=CODE, **params):
+def run_key(module, images, *maps, code=CODE, **params): # what the images go with; None: nothing
     "Return a hash of what makes a run this run: code of the module that trains, data and parameters"
     code = [file_hash(file) for file in modules_of(f'from semmae.{module} import *', code).values()]
-    data = [data_key(x) for x in (images, guide) if x is not None]
+    data = [data_key(x) for x in (images, *maps) if x is not None]
     params = json.dumps(params, sort_keys=True, default=repr)
     run = repr((code, data, params, torch.__version__, timm.__version__))
     return hashlib.blake2b(run.encode(), digest_size=16).hexdigest()

@@ -68,6 +68,12 @@ def test_processes_and_turns_give_what_one_gives(whole, tmp_path, n, options):
     same(tmp_path, whole, 5e-4)  # Adam makes much of the last digits of small gradients
 
 
+def test_a_share_of_the_patches_is_the_same_in_several(tmp_path):
+    for n, turns in ((1, 1), (2, 2)):
+        several(tmp_path/f'{n}', n, visible=.5, visible_by='foreground', accumulate=turns)
+    same(tmp_path/'2', tmp_path/'1', 5e-4)
+
+
 def test_gradients_are_as_long_as_those_of_one(tmp_path):
     "Which an optimiser notices that does not scale them"
     for n, turns in ((1, 1), (2, 2)):

@@ -6,7 +6,7 @@ from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_pos
 
 from semmae.core import SemmaeError, generator, patchify
 from semmae.mae import MAE, reconstruct
-from semmae.masking import find_strategy
+from semmae.masking import choose, find_strategy, hide_among
 from semmae.vit import make_encoder
 from semmae.weights import load_mae
 
@@ -123,3 +123,20 @@ def test_masks_that_do_not_fit():
         for f in (mae, lambda *x: reconstruct(mae, *x)):
             with pytest.raises(SemmaeError, match='4×4'):
                 f(imgs, *masks)
+
+
+@pytest.mark.parametrize('kind', ['self', 'cross'])
+def test_patches_that_take_no_part_change_nothing(kind):
+    mae = MAE(make_encoder(**SIZES), kind=kind, width=32, depth=2, heads=2)
+    grid, imgs = torch.zeros(3, 4, 4), torch.randn(3, 3, 32, 32, generator=generator('imgs'), requires_grad=True)
+    some = choose(grid, 'random', .5, generator('choice'))
+    masks = hide_among(find_strategy('random', .5), some, grid, generator('masks'))
+    with pytest.raises(SemmaeError):
+        mae(imgs, *masks)  # half of the patches, and nobody said that half takes part
+    mae.part = 8
+    loss, pred = mae(imgs, *masks)
+    loss.backward()
+    changed = patchify(imgs.grad, 8).abs().amax(2) > 0
+    assert pred.shape[1] == 4 and torch.equal(changed, torch.zeros(3, 16).scatter(1, some, 1).bool())
+    shown, painted = (patchify(x, 8).abs().amax(2) > 0 for x in reconstruct(mae, imgs.detach(), *masks))
+    assert torch.equal(painted, changed) and shown.sum() == 3*4

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from semmae.core import SemmaeError, generator
-from semmae.masking import STRATEGIES, blend, block, inter, intra
+from semmae.masking import CHOICES, STRATEGIES, blend, block, choose, find_strategy, hide_among, inter, intra
 
 # rows, columns, parts, seed
 LAYOUTS = st.tuples(st.integers(1, 9), st.integers(2, 9), st.integers(1, 8), st.integers(0, 10**6))
@@ -161,3 +161,33 @@ def test_blocks_are_rectangles():
         # nearly alone: the rim of the rectangle that was cut
         assert ((around < .3)*out).sum()/out.sum() < .04
         assert (out.mean(0) - ratio).abs().max() < .15, 'a place is preferred'
+
+
+@pytest.mark.parametrize('by', CHOICES)
+@pytest.mark.parametrize('name', ['random', 'blend', 'attention_high'])
+def test_masks_among_a_share_of_the_patches(by, name):
+    "Every chosen patch once, no other; what a process draws for its rows is what is drawn for all"
+    parts = layout(6, 7, 5, 1, batch=30)
+    views = dict(parts=parts, scores=parts.float(), **{'None': parts})
+    hide = find_strategy(name, .75)
+    of = lambda guide, rows: views[str(guide)][rows]
+    def masks(rows, at=None):
+        some = choose(of(CHOICES[by][0], rows), by, .5, generator('choice', rows=at))
+        return some, *hide_among(hide, some, of(hide.guide, rows), generator('masks', rows=at), .5)
+    some, keep, mask = masks(slice(0, 30))
+    assert some.shape == (30, 21) and mask.shape == (30, 16)
+    assert (torch.cat([keep, mask], 1).sort(1).values == some.sort(1).values).all()
+    assert (some.sort(1).values.diff(dim=1) > 0).all()
+    for all_rows, own in zip((some, keep, mask), masks(slice(10, 20), (10, 30)), strict=True):
+        assert torch.equal(all_rows[10:20], own)
+
+
+def test_the_choice_prefers_what_its_name_says():
+    parts = layout(6, 7, 5, 1, batch=30)
+    front = (parts > 0).flatten(1)
+    inside = front.gather(1, choose(parts, 'foreground', .5, generator(0)))
+    assert (inside.sum(1) == front.sum(1).clamp(max=21)).all()
+    scores = torch.rand(30, 6, 7, generator=generator('scores'))
+    some = choose(scores, 'attention', .5, generator(0))
+    least, rest = scores.flatten(1).gather(1, some).amin(1), scores.flatten(1).scatter(1, some, 0).amax(1)
+    assert (least > rest).all()

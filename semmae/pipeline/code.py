@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..core import check, file_hash, read_json, write_json
 from ..parts import batched_outputs
-from .guide import guide_kind, needs
+from .guide import looks_at, needs
 from .maps import make_parts
 from .params import read_params, read_yaml
 from ..train import modules_of
@@ -59,6 +59,6 @@ def write_code(root='.', profile=None):
     base = read_params(params, profile)
     for entry in read_yaml(params)['trainings']:
         cfg = read_params(params, profile, entry)
-        looks = guide_kind(cfg) is not None and needs(cfg, base) != 'runs/parts'
+        looks = looks_at(cfg) != (None, None) and needs(cfg, base) != 'runs/parts'
         code = code_of('train', root, () if looks else MAKE_GUIDES)
         write_json(f'{root}/runs/code/train/{entry}.json', code)

@@ -28,10 +28,10 @@ from ..core import SemmaeError, Share, Size, check, explained, find_path, genera
 from ..evaluate import score
 from ..finetune import finetune
 from ..mae import DECODERS, MAE
-from ..masking import STRATEGIES, find_strategy
+from ..masking import STRATEGIES, choose, find_strategy, hide_among
 from ..parts import SOURCES
 from .encoders import fresh_encoder, make_of
-from .guide import guide_kind, needs
+from .guide import looks_at, needs
 from .params import changed, defaults_of, nearest_word, pick, read_yaml
 from ..pretrain import GRAPH, pretrain
 from ..segment import segment
@@ -190,13 +190,16 @@ def check_decoder(cfg, root):
 
 def check_masking(cfg, root):
     "Make a mask"
-    masking, grid = cfg['pretrain']['masking'], (14, 14)
+    train, grid = defaults_of(pretrain) | cfg['pretrain'], (14, 14)
+    masking, share = train['masking'], train['visible']
     with suppress(SemmaeError):  # an encoder that cannot be made is refused by another rule
         grid = check_encoder(cfg, root)
     for ratio in masking['ratio'] if isinstance(masking['ratio'], list) else [masking['ratio']]:
-        hide = find_strategy(**masking | dict(ratio=ratio))
-        kind = torch.long if hide.guide == 'parts' else torch.float
-        hide(torch.zeros(1, *grid, dtype=kind), generator('try'))
+        hide, gen = find_strategy(**masking | dict(ratio=ratio)), generator('try')
+        if share < 1:
+            hide = partial(hide_among, hide, choose(torch.zeros(1, *grid), 'random', share, gen))
+        kind = torch.long if find_strategy(**masking).guide == 'parts' else torch.float
+        hide(torch.zeros(1, *grid, dtype=kind), gen)
 
 # %% ../../nbs/pipeline/glue/08_settings.ipynb #a465d97b
 def check_optimizer(cfg, root):
@@ -240,11 +243,11 @@ def check_teacher_weights(cfg, root):
 # %% ../../nbs/pipeline/glue/08_settings.ipynb #cd4859ec
 def check_guide(cfg, root):
     "See that the maps or scores that a masking looks at can be had"
-    source, kind = cfg['parts']['source'], guide_kind(cfg)
+    source, kinds = cfg['parts']['source'], looks_at(cfg)
     known = ['none', 'given', *SOURCES]
     there = source in known or find_path('parts.source', source, root).is_dir()
     check(there, f"`parts.source` is {source!r}: write a folder of maps, or one of {', '.join(known)}")
-    sees = kind == 'scores' or source in SOURCES and SOURCES[source].sees
+    sees = 'scores' in kinds or source in SOURCES and SOURCES[source].sees
     check(cfg['teacher'] or not sees,
           f"`teacher` is null, and parts of the source {source!r} are seen through one: name an encoder")
 
@@ -357,7 +360,7 @@ def waits(made, cfg, changes, given, trainings):
     if needed != 'data':
         return given == needed or by_way and (needed, given) == ('runs/teacher', 'runs/parts')
     own = changes.get('pretrain', {})
-    alone = guide_kind(made) is None and ('masking' in own or own.get('epochs') == 0)  # in every profile
+    alone = looks_at(made) == (None, None) and ('masking' in own or own.get('epochs') == 0)  # in every profile
     others = () if alone else ('runs/parts', 'runs/teacher', *(f'runs/train/{k}' for k in trainings))
     return given in ('data', *others)
 

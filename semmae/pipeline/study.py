@@ -19,7 +19,7 @@ from ..evaluate import accuracy, knn, linear_probe, pooled, whiten
 from ..parts import SOURCES
 from .data import load_data
 from .encoders import open_teacher
-from .guide import guide_kind, make_guide
+from .guide import guides, make_guide
 from .params import changed, defaults_of, pick, read_params, read_yaml
 from .rows import add_row, key_of, read_rows, score_of
 from .settings import Seed, check_profile, check_types, model_of
@@ -114,16 +114,16 @@ class Bench:
             make_demo(folder, **self.study['draw'])
         return [d.to(self.device) for d in load_data(dict(data=data), self.root)]
 
-    def guide(self, cfg):
-        "Return what the masking of a row looks at, (N,h,w)"
-        kind, source = guide_kind(cfg), cfg['parts']['source']
-        if kind is None:
-            return None
+    def guide(self, cfg, kind): # parts or scores
+        "Return what a row looks at, (N,h,w)"
+        source = cfg['parts']['source']
         key = json.dumps([kind, cfg['teacher'], cfg['parts'], cfg['seed']])
         if key not in self.guides:
             opened = kind == 'scores' or source in SOURCES and SOURCES[source].sees
             encoder = open_teacher(cfg['teacher'], self.root) if opened else None
-            self.guides = {key: make_guide(cfg, encoder, self.splits[0], self.root)}  # one at a time
+            # of each kind one at a time
+            self.guides = {k: v for k, v in self.guides.items() if json.loads(k)[0] != kind}
+            self.guides[key] = make_guide(cfg, kind, encoder, self.splits[0], self.root)
         return self.guides[key]
 
 # %% ../../nbs/pipeline/glue/18_study.ipynb #0065f7bd
@@ -145,9 +145,9 @@ def train(bench, cfg, log):
     "Train the autoencoder of a row; return it and its last loss. With no epochs it stays as it starts"
     mae, options = begin(cfg, bench.root)
     options = options | dict(compile=GRAPH if bench.device.type == 'cuda' else None)
-    images, guide = bench.splits[0].images, bench.guide(cfg)
-    shapes = options.get('batch'), options['masking']['ratio']
-    history = pretrain(mae, images, guide, **options, seed=cfg['seed'], log=log,
+    images, maps = bench.splits[0].images, guides(cfg, partial(bench.guide, cfg))
+    shapes = options.get('batch'), options['masking']['ratio'], options.get('visible')
+    history = pretrain(mae, images, **maps, **options, seed=cfg['seed'], log=log,
                        make_learner=partial(reopen, bench.kept, shapes))
     return mae, history[-1]['loss'] if history else None
 
@@ -199,6 +199,8 @@ class Clock:
         "Make a log of a row's epochs, which gives the row up, early, when it would not finish"
         laps = []
         def lap(line):
+            if '  step ' in line:  # inside an epoch
+                return
             laps.append(time.time())
             if len(laps) > 1:  # the first epoch may compile
                 self.epoch[key_of(row)[:2]] = (laps[-1] - laps[0])/(len(laps) - 1)

@@ -6,6 +6,7 @@
 __all__ = ['MAIN', 'begin', 'fits', 'guide_of', 'left_out', 'train_stage']
 
 # %% ../../nbs/pipeline/glue/12_train.ipynb #7d01e003
+from functools import partial
 from pathlib import Path
 
 from ..core import SemmaeError, file_hash, find_path, write_json
@@ -14,7 +15,7 @@ from ..mae import MAE
 from ..weights import load_mae, save_mae
 from .data import load_data
 from .encoders import check_shares, fresh_encoder, load_like, load_teacher, open_teacher
-from .guide import guide_kind, make_guide, needs
+from .guide import guides, looks_at, make_guide, needs
 from .params import read_params
 from .processes import run_process
 from .stages import best_device, write_csv
@@ -39,27 +40,25 @@ def fits(cfg, root):
     except SemmaeError:
         return False
 
-def guide_of(cfg, base, train, root): # with an entry's changes, and without; an ImageSet
-    "Return what the masking of a training looks at, (N,h,w)"
-    if guide_kind(cfg) is None:
-        return None
-    if needs(cfg, base) == 'runs/parts':
+def guide_of(cfg, base, train, root, kind): # with an entry's changes, and without; an ImageSet; parts or scores
+    "Return what a training looks at, (N,h,w)"
+    if kind == 'parts' and needs(cfg, base) == 'runs/parts':
         return read_maps(f'{root}/runs/parts', 'train', train.images).to(train.images.device)
     same = cfg['teacher'] == base['teacher']
     encoder = load_teacher(root) if same else cfg['teacher'] and open_teacher(cfg['teacher'], root)
-    return make_guide(cfg, encoder, train, root)
+    return make_guide(cfg, kind, encoder, train, root)
 
 def left_out(cfg, base, train, root='.'):
     "Say why an entry cannot be trained on these images, or need not be; None: it can"
-    kind, source = guide_kind(cfg), cfg['parts']['source']
+    kinds, source = looks_at(cfg), cfg['parts']['source']
     same = all(cfg[k] == base[k] for k in ('seed', 'data', 'encoder', 'decoder', 'pretrain'))
-    if same and (kind is None or needs(cfg, base) == needs(base, base) != 'data'):
+    if same and (kinds == (None, None) or needs(cfg, base) == needs(base, base) != 'data'):
         return 'it would be the main run'
-    if kind == 'scores' and not cfg['teacher']:
+    if 'scores' in kinds and not cfg['teacher']:
         return "its masking looks at a teacher's attention and there is no teacher"
-    if kind == 'parts' and source == 'none':
+    if 'parts' in kinds and source == 'none':
         return 'its masking looks at parts and the profile has none'
-    if kind == 'parts' and source == 'given' and train.parts is None:
+    if 'parts' in kinds and source == 'given' and train.parts is None:
         return 'the images come without true parts'
     if (start := cfg['pretrain'].get('start')) and not fits(cfg, root):
         return f'the weights in {start} are of another encoder or decoder than the profile describes'
@@ -77,8 +76,8 @@ def train_stage(root, profile=None, entry=MAIN):
         return write_json(metrics, dict(skipped=reason))
     check_shares(cfg, data)
     (mae, options), checkpoint = begin(cfg, root), Path(root)/f'runs/unfinished/train-{entry}.pt'
-    guide = guide_of(cfg, base, data, root)
-    history = pretrain(mae, data.images, guide, **options, seed=cfg['seed'], checkpoint=checkpoint)
+    maps = guides(cfg, partial(guide_of, cfg, base, data, root))
+    history = pretrain(mae, data.images, **maps, **options, seed=cfg['seed'], checkpoint=checkpoint)
     if world()[0] > 0:
         return
     save_mae(mae, out)
