@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['Count', 'Whole', 'Layers', 'Width', 'Label', 'Parts', 'Amount', 'Share', 'Unit', 'Inner', 'Side', 'Size', 'Scale',
            'SemmaeError', 'check', 'explained', 'options_of', 'Generator', 'generator', 'draw', 'constant',
-           'die_with_parent', 'grid_size', 'patchify', 'unpatchify', 'blank', 'atomic', 'tidy', 'write_json',
-           'read_json', 'find_path', 'file_hash']
+           'die_with_parent', 'begin_worker', 'open_pool', 'own_cores', 'grid_size', 'patchify', 'unpatchify', 'blank',
+           'atomic', 'tidy', 'write_json', 'read_json', 'find_path', 'file_hash']
 
 # %% ../nbs/00_core.ipynb #ddd6ad81
-import contextlib, hashlib, inspect, json, os, threading, time
-from functools import lru_cache
+import contextlib, hashlib, inspect, json, os, signal, sys, threading, time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import lru_cache, partial
+from multiprocessing import current_process, get_context
 from pathlib import Path
 from typing import Annotated, get_args, get_type_hints
 
@@ -97,6 +99,24 @@ def die_with_parent():
             time.sleep(.5)
         os._exit(1)
     threading.Thread(target=watch, args=[os.getppid()], daemon=True).start()
+
+# %% ../nbs/00_core.ipynb #b9b9c1af
+def begin_worker(alone, prepare, *args):
+    "Prepare a worker"
+    if alone:  # a process
+        die_with_parent()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    prepare(*args)
+
+def open_pool(n, prepare, *args): # what every worker does first
+    "Start workers: processes where they can be forked, with all that their parent holds, else threads"
+    alone = sys.platform == 'linux' and not current_process().daemon
+    Pool = partial(ProcessPoolExecutor, mp_context=get_context('fork')) if alone else ThreadPoolExecutor
+    return Pool(n, initializer=begin_worker, initargs=(alone, prepare, *args))
+
+def own_cores():
+    "Count the cores that this process may use, one of several on this machine perhaps"
+    return max(1, os.cpu_count()//int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
 
 # %% ../nbs/00_core.ipynb #e8ca8075
 def grid_size(size, patch):  # (height, width) of images, and the side of a patch

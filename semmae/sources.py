@@ -5,17 +5,16 @@
 # %% auto #0
 __all__ = ['SPLITS', 'SYNONYMS', 'READERS', 'WORK', 'unless_killed', 'Channels', 'Source', 'hold_out', 'read_paths', 'reader',
            'hidden', 'folder_source', 'read_tar', 'tar_source', 'class_names', 'timm_source', 'open_source', 'decode',
-           'begin_worker', 'decode_some', 'open_pool', 'Workers', 'Stream', 'fits_in_memory', 'read_all',
-           'read_targets', 'ids_of', 'read_parts', 'load_images']
+           'prepare_work', 'decode_some', 'Workers', 'Stream', 'some_of', 'fits_in_memory', 'read_all', 'read_targets',
+           'ids_of', 'read_parts', 'load_images']
 
 # %% ../nbs/17_sources.ipynb #0c2eab55
-import hashlib, io, math, mmap, os, signal, sys, tarfile, threading
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
+import hashlib, io, math, mmap, os, tarfile, threading
+from concurrent.futures import wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import zip_longest
-from multiprocessing import current_process, get_context
 from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Annotated, Callable
@@ -26,7 +25,8 @@ from PIL import Image, ImageOps
 from timm.data import create_dataset
 from torch.utils.data import ConcatDataset
 
-from .core import Count, Share, Size, check, die_with_parent, explained, find_path, generator
+from .core import (Count, Share, Size, check, explained, find_path, generator, open_pool,
+                         own_cores)
 from .images import VOID, ImageSet
 
 # %% ../nbs/17_sources.ipynb #8ea4fbe2
@@ -189,11 +189,7 @@ def decode(src, i, size, channels=3):
 # %% ../nbs/17_sources.ipynb #fe584036
 WORK = threading.local() # of a worker: the source, the size, the channels, and where images go
 
-def begin_worker(alone, *work):
-    "Prepare a worker"
-    if alone:  # a process
-        die_with_parent()
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+def prepare_work(*work):
     WORK.source, WORK.size, WORK.channels, WORK.slots = work
 
 def decode_some(jobs): # numbers of images, and of the slots they go to
@@ -204,13 +200,6 @@ def decode_some(jobs): # numbers of images, and of the slots they go to
 unless_killed = partial(explained, "a process that decodes images was killed, for want of memory perhaps",
                         "lower `data.size`, or run fewer processes", BrokenProcessPool)
 
-# %% ../nbs/17_sources.ipynb #77afcac1
-def open_pool(n, *work):
-    "Start workers: processes where they can be forked, with all that a source holds, else threads"
-    alone = sys.platform == 'linux' and not current_process().daemon
-    Pool = partial(ProcessPoolExecutor, mp_context=get_context('fork')) if alone else ThreadPoolExecutor
-    return Pool(n, initializer=begin_worker, initargs=(alone, *work))
-
 # %% ../nbs/17_sources.ipynb #494d71d5
 class Workers:
     "Decode images into memory that processes share"
@@ -219,8 +208,8 @@ class Workers:
         self.ids, self.coming, shape = ids, {}, (channels, *size)  # image -> what decodes it, and its slot
         room = min(len(ids), max(1, memory//math.prod(shape)))
         self.slots = np.frombuffer(mmap.mmap(-1, room*math.prod(shape)), np.uint8).reshape(room, *shape)
-        self.free, cores = list(range(room)), os.cpu_count()//int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-        self.pool = open_pool(min(max(1, cores), -(-len(ids)//8)), src, size, channels, self.slots)
+        self.free = list(range(room))
+        self.pool = open_pool(min(own_cores(), -(-len(ids)//8)), prepare_work, src, size, channels, self.slots)
         # with the stream, or before a process closes queues and waits for its children
         Finalize(self, self.pool.shutdown, kwargs=dict(cancel_futures=True), exitpriority=100)
 
@@ -269,6 +258,10 @@ class Stream:
     def to(self, device):
         return Stream(self.src, self.ids, self.size, self.channels, device)
 
+    def only(self, ids): # a tensor
+        "Return a stream of some of the images"
+        return Stream(self.src, [self.ids[i] for i in ids.tolist()], self.size, self.channels, self.device)
+
     @cached_property
     def workers(self):
         return Workers(self.src, self.ids, self.size, self.channels)
@@ -297,6 +290,10 @@ class Stream:
         return repr((self.shape, [self.src.names[i] for i in self.ids], files)).encode()
 
 # %% ../nbs/17_sources.ipynb #6847dc5a
+def some_of(images, ids): # a tensor or a Stream; a tensor
+    "Return some of the images, as a stream where they stream"
+    return images[ids] if torch.is_tensor(images) else images.only(ids)
+
 def fits_in_memory(size):
     "Say whether so many bytes take less than half of the memory, the GPU's and a container's included"
     room, limit = os.sysconf('SC_PHYS_PAGES')*os.sysconf('SC_PAGE_SIZE'), Path('/sys/fs/cgroup/memory.max')
