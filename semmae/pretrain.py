@@ -6,7 +6,6 @@
 __all__ = ['GRAPH', 'Guide', 'Batches', 'compile_model', 'MaskLearner', 'pretrain']
 
 # %% ../nbs/09_pretrain.ipynb #d0d02e05
-from contextlib import nullcontext
 from functools import partial
 from typing import Literal
 
@@ -129,7 +128,7 @@ class MaskLearner(Learner):
             self.rate.fill_(rate)
             loss = self.record(*batches[step])
         else:
-            loss = self.gradients(batches, step)
+            loss = self.gradients(self.accumulate, partial(self.share_of, batches, step))
             self.update(rate)
         if self.average:
             self.average.update(self.model)
@@ -140,17 +139,10 @@ class MaskLearner(Learner):
         with autocast(imgs.device):
             return self.parallel(imgs, ids_keep, ids_mask)[0]
 
-    def gradients(self, batches, step):
-        "Take the gradients of this process's share of a batch, in turns; return its share of the loss"
-        (rank, ranks), total = world(), 0.
-        for turn in range(self.accumulate):
-            batch = batches.at(step, rank*self.accumulate + turn, ranks*self.accumulate)
-            last = turn == self.accumulate - 1
-            with self.parallel.no_sync() if ranks > 1 and not last else nullcontext():
-                share = self.loss(*batch)*(len(batch[0])/batches.batch)
-                self.backward(share)
-            total = total + share.detach()
-        return total
+    def share_of(self, batches, step, k, n):
+        "Return the k-th of n shares of a step's loss"
+        batch = batches.at(step, k, n)
+        return self.loss(*batch)*(len(batch[0])/batches.batch)
 
 # %% ../nbs/09_pretrain.ipynb #edcbf241
 def pretrain(mae, images, guide=None, # as in `Batches`

@@ -7,11 +7,12 @@ __all__ = ['at_cells', 'segmented', 'confusion', 'iou_of', 'part_iou', 'segment'
 
 # %% ../nbs/16_segment.ipynb #8ad1e003
 import torch
+from timm.optim import create_optimizer_v2
 from torch.nn import functional as F
 
 from .core import Amount, Count, Scale, Unit, generator
 from .evaluate import fit_linear, pooled
-from .finetune import Drop, learn_head, outputs, with_head
+from .finetune import Drop, Labelled, learn_head, outputs, ready, with_head
 from .images import ImageSet
 
 # %% ../nbs/16_segment.ipynb #c9a54626
@@ -45,11 +46,15 @@ def segment(encoder, images, parts, n_parts=None, # (N,h,w); None: as many as `p
             weight_decay: Amount = .05, layer_decay: Unit = .65, drop_path: Drop = .1,
             crop_scale: Scale = (.2, 1.), seed=0, checkpoint=None, log=print):
     "Learn an encoder with a head at every patch; return it, and rows of epoch, step, loss, lr"
-    options = epochs, batch, lr, warmup_epochs, weight_decay, layer_decay, drop_path, crop_scale, seed
+    n_parts = n_parts or int(parts.max()) + 1
+    model = with_head(encoder, n_parts, '', drop_path)
+    data = Labelled(images, parts, n_parts, model, epochs, batch, crop_scale, seed, 'segment')
+    opt = create_optimizer_v2(ready(model, data), 'adamw', weight_decay=weight_decay, layer_decay=layer_decay)
     loss = lambda out, maps: F.cross_entropy(
         at_cells(encoder, out[:, encoder.num_prefix_tokens:], maps.shape[1:]), maps)
-    return learn_head(encoder, images, parts, n_parts or int(parts.max()) + 1, '', 'segment', loss,
-                        lambda imgs, maps, step: (imgs, maps), checkpoint, log, options)
+    key = (encoder.recipe, epochs, batch, lr, warmup_epochs, weight_decay, layer_decay, drop_path, crop_scale, seed)
+    return learn_head(model, data, opt, loss, lambda imgs, maps, *step: (imgs, maps), lr, warmup_epochs, key,
+                      checkpoint, log)
 
 # %% ../nbs/16_segment.ipynb #9a3c2752
 def linear_head(encoder, train, val, # ImageSets with parts

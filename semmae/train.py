@@ -9,7 +9,7 @@ __all__ = ['CODE', 'SILENCE', 'prepare', 'lr_at', 'world', 'random_crops', 'Shuf
 
 # %% ../nbs/08_train.ipynb #818a9562
 import ast, hashlib, json, math, os, time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from importlib.util import find_spec, resolve_name
 from pathlib import Path
@@ -109,6 +109,17 @@ class Learner:
     def backward(self, share):
         "Add the gradients of a share of a loss"
         (share*world()[1]).backward()  # the processes' gradients are averaged
+
+    def gradients(self, turns, share_of): # from (k, n) to the k-th of n shares of a loss
+        "Take the gradients of this process's share of a loss, in turns; return that share"
+        (rank, ranks), total = world(), 0.
+        for turn in range(turns):
+            last = turn == turns - 1
+            with self.parallel.no_sync() if ranks > 1 and not last else nullcontext():
+                share = share_of(rank*turns + turn, ranks*turns)
+                self.backward(share)
+            total = total + share.detach()
+        return total
 
     def update(self, rate):
         "Change the weights as their gradients say"

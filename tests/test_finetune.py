@@ -1,12 +1,18 @@
 "Learning with labels: the head, the step, few labels, parts"
+import random
+
+import numpy as np
 import pytest, torch
 from conftest import random_images, small_encoder
+from PIL import Image
 from sklearn.metrics import jaccard_score
+from timm.data import create_transform
 from torch.nn import functional as F
 
 from semmae.core import SemmaeError, generator
-from semmae.finetune import Labelled, finetune, mixing, outputs, with_head
-from semmae.images import ImageSet, few_labels
+from semmae.finetune import (Augment, Labelled, Probed, finetune, framed, lars, mixing, outputs, probe,
+                             with_head)
+from semmae.images import IMAGENET, ImageSet, few_labels
 from semmae.segment import at_cells, linear_head, part_iou, segment, segmented
 from semmae.vit import encode, pixels_of
 
@@ -80,7 +86,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(encoder, images, tmp_path, l
 def test_mixing_is_a_function_of_seed_and_step(images):
     imgs, y = images[:8].float(), torch.arange(8) % 3
     mix = lambda seed, step, **kw: mixing(3, **(dict(mixup=.8, cutmix=1., smoothing=.1, erase=.5) | kw),
-                                          seed=seed, device=torch.device('cpu'))(imgs.clone(), y, step)
+                                          seed=seed, device=torch.device('cpu'))(imgs.clone(), y, step, 0)
     torch.manual_seed(0)
     one = mix(0, 5)
     torch.manual_seed(0)
@@ -154,3 +160,65 @@ def test_what_is_wrong_is_named(encoder, images, change, named):
     targets, n = change.pop('targets', torch.arange(24) % 2), change.pop('n', None)
     with pytest.raises(SemmaeError, match=named):
         finetune(encoder, images, targets, n, **dict(epochs=2, batch=8, warmup_epochs=1, log=silent) | change)
+
+
+def test_lars_steps_as_maes_own():
+    "Weights by their norm over the gradient's, biases by momentum alone, whatever the rate"
+    torch.manual_seed(0)
+    head = torch.nn.Linear(7, 5)
+    torch.nn.init.normal_(head.bias)
+    ours, opt = [p.detach().clone() for p in head.parameters()], lars(head)
+    speed = [torch.zeros_like(p) for p in ours]
+    for rate in (.5, 2., 30., 4.):
+        for p, x, v in zip(head.parameters(), ours, speed, strict=True):
+            p.grad = torch.randn_like(p)
+            v.mul_(.9).add_(p.grad*(.001*x.norm()/p.grad.norm() if p.ndim > 1 else 1))
+            x.sub_(rate*v)
+        for group in opt.param_groups:
+            group['lr'] = rate
+        opt.step()
+    for p, x in zip(head.parameters(), ours, strict=True):
+        assert torch.allclose(p, x, rtol=1e-5)
+
+
+def test_only_the_layer_of_a_probe_learns(encoder, images):
+    start = {k: v.clone() for k, v in encoder.state_dict().items()}
+    model, history = probe(encoder, images, torch.arange(24) % 2, epochs=3, batch=12, lr=1., warmup_epochs=1,
+                           accumulate=2, log=silent)
+    assert len(history) == 3 and model.vit.head.weight.shape == (2, 32)
+    assert all(torch.equal(v, model.vit.state_dict()[k]) for k, v in start.items())
+    fresh = Probed(encoder, 2).eval()
+    assert not torch.equal(model.vit.head.weight, fresh.vit.head.weight)
+    imgs = pixels_of(encoder, images)
+    tokens = encode(encoder, imgs)[:, 0]
+    assert torch.allclose(fresh.train()(imgs), fresh.vit.head((tokens - tokens.mean(0))/tokens.std(0, correction=0)),
+                          atol=1e-3), 'features of the class token have mean 0 and deviation 1'
+
+
+def test_turns_of_a_process_give_what_one_gives(encoder, images):
+    run = lambda turns: finetune(encoder, images, torch.arange(24) % 3, epochs=2, batch=12, lr=.01, warmup_epochs=0,
+                                 drop_path=0, mixup=0, cutmix=0, erase=0, accumulate=turns, log=silent)[1]
+    for one, three in zip(run(1), run(3), strict=True):
+        assert one['loss'] == pytest.approx(three['loss'], rel=1e-4)
+
+
+def test_images_are_changed_as_timm_changes_them():
+    policy, imgs = 'rand-m9-mstd0.5-inc1', random_images(12, 40, 48)
+    theirs = create_transform((3, 40, 48), is_training=True, auto_augment=policy, interpolation='bicubic', separate=True)[1]
+    ours = Augment(policy, IMAGENET, (40, 48))(imgs, torch.arange(12)/2**32)
+    for i, img in enumerate(imgs):
+        random.seed(i)
+        np.random.seed(i)
+        changed = theirs(Image.fromarray(img.permute(1, 2, 0).numpy()))
+        assert np.array_equal(ours[i].permute(1, 2, 0).numpy(), np.asarray(changed)), i
+
+
+def test_a_frame_is_cut_around_the_middle():
+    imgs = random_images(2, 256, 256)
+    assert torch.equal(framed(imgs, .875), imgs[:, :, 16:240, 16:240]) and framed(imgs, 1).shape == imgs.shape
+
+
+def test_the_rate_comes_down_to_what_is_said(encoder, images):
+    _, history = finetune(encoder, images, torch.arange(24) % 2, epochs=50, batch=24, lr=.01, warmup_epochs=1,
+                          min_lr=1e-4, log=silent)
+    assert history[-1]['lr'] == pytest.approx(1e-4, rel=.05)
