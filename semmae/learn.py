@@ -166,7 +166,7 @@ def load_learned(path, encoder):
 Blocks = Annotated[list[Layers], Len(1)]
 ENOUGH = 500 # images to learn from
 
-@part_source('learned', background=True)
+@part_source('learned', background=True, load=load_learned)
 def learn_parts(images, encoder,               # (N,C,H,W) bytes or a Stream
                 n_parts: Parts = 7,            # in an image, at most; the background is one of them
                 blocks: Blocks | None = None,  # whose tokens count; None: the last three

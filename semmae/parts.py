@@ -151,10 +151,12 @@ def nearest(x, centres): # (…,D), (n,D)
 # %% ../nbs/11_parts.ipynb #9b78ee60
 SOURCES = {}
 
-def part_source(name, sees=True, background=False): # it sees through an encoder; label 0 is the background
+def part_source(name, sees=True,   # it sees through an encoder
+                background=False,  # label 0 is the background
+                load=None):        # from (file, encoder) to what was kept by its `save`
     "Register a function (images, encoder, …) that returns a `PartSource`, or what can `predict` as one does"
     def register(make):
-        make.sees, make.background = sees, background
+        make.sees, make.background, make.load = sees, background, load
         SOURCES[name] = make
         return make
     return register

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, environment, free_port, wait_for
-from worker import IMAGES, MAPS, cramped, killed, parent, ranked, starved, tune, work
+from worker import IMAGES, MAPS, cramped, killed, label, parent, ranked, starved, tune, work
 
 from semmae.core import SemmaeError, read_json
 from semmae.pipeline.params import read_yaml
@@ -85,6 +85,19 @@ def test_processes_learn_from_labels_what_one_learns(tmp_path):
     several(tmp_path/'one', 1, tune)
     several(tmp_path/'two', 2, tune)
     same(tmp_path/'two', tmp_path/'one', 1e-5)
+
+
+def test_part_maps_are_made_in_shards_by_several_processes(tmp_path):
+    "Of four shards the first is left by a run that stopped; two processes make the others"
+    made = lambda: [int(f.read_text()) for f in sorted(tmp_path.glob('made*'))]
+    label(tmp_path, stop_after=1)
+    assert made() == [1] and len(list(tmp_path.glob('parts.key/train-*.npy'))) == 1
+    (tmp_path/'parts.old').mkdir()  # of other images, or other settings
+    several(tmp_path, 2, label)
+    assert made() == [2, 1]
+    for rank in range(2):
+        assert torch.equal(torch.load(tmp_path/f'maps{rank}.pt'), IMAGES[:, 0, ::8, ::8])
+    assert not list(tmp_path.glob('parts.*'))
 
 
 def test_killed_at_any_moment_and_run_again(tmp_path):

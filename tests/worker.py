@@ -14,6 +14,7 @@ from semmae.core import SemmaeError, check, generator, write_json
 from semmae.mae import MAE
 from semmae.sources import Source, Stream
 from semmae.teacher import distil
+from semmae.pipeline import maps
 from semmae.pipeline.processes import run_process
 from semmae.pretrain import pretrain
 from semmae.segment import segment
@@ -83,6 +84,25 @@ def tune(folder):
     encoder = make_encoder(image=(32, 32), patch_size=8, embed_dim=32, depth=2, num_heads=2)
     options = dict(epochs=3, batch=16, lr=1e-2, warmup_epochs=1, drop_path=0)
     keep(folder, *segment(encoder, IMAGES, MAPS, **options, **here))
+
+
+def label(folder, stop_after=None):
+    "Make the maps of the images, twenty a shard, and count in how many shards this process made some"
+    folder, done = Path(folder), []
+    setting(folder)
+    maps.SHARD = 20
+    def cells(images):
+        if len(done) == stop_after:
+            raise Stop
+        done.append(len(images))
+        return images[:, 0, ::8, ::8]
+    try:
+        with maps.unfinished(folder/'parts.key') as state:
+            found = maps.in_shards(cells, IMAGES, state, 'train')
+        torch.save(found, folder/f'maps{world()[0]}.pt')
+    except Stop:
+        pass
+    (folder/f'made{world()[0]}').write_text(f'{len(done)}')
 
 
 def ranked(rank, n, port, target, folder, options):

@@ -18,6 +18,7 @@ from .encoders import load_teacher
 from .maps import make_parts, used
 from .params import read_params
 from .stages import best_device
+from ..train import join, world
 from ..sources import SPLITS
 
 # %% ../../nbs/pipeline/glue/11_parts.ipynb #0367ec77
@@ -51,13 +52,15 @@ def parts_stage(root, profile=None):
     "Make the part maps of a profile, in runs/parts"
     cfg, runs = read_params(f'{root}/params.yaml', profile), Path(root)/'runs'
     source, options = cfg['parts']['source'], {k: v for k, v in cfg['parts'].items() if k != 'source'}
-    splits, about = {}, dict(source=source, seed=cfg['seed'])
+    splits, about, device = {}, dict(source=source, seed=cfg['seed']), join(best_device())
     if source != 'none':
-        splits = dict(zip(SPLITS, [d.to(best_device()) for d in load_data(cfg, root)]))
+        splits = dict(zip(SPLITS, [d.to(device) for d in load_data(cfg, root)]))
         about |= dict(images=len(splits['test']))
     if encoder := load_teacher(root):
         about |= dict(checkpoint=file_hash(runs/'teacher/encoder.safetensors'))
     maps = make_parts(splits, source, encoder, root, cfg['seed'], **options) if splits else {}
+    if world()[0] > 0:
+        return
     write_maps(runs/'parts', maps, {k: d.images for k, d in splits.items()}, source=source,
                **used(source, options))
     background = source in SOURCES and SOURCES[source].background

@@ -6,7 +6,7 @@
 __all__ = ['run_stage', 'forced', 'main']
 
 # %% ../../nbs/pipeline/glue/17_run.ipynb #7d31e003
-import os, re, sys, time
+import os, re, shutil, sys, time
 from pathlib import Path
 
 from ..core import SemmaeError, check, die_with_parent, write_json
@@ -35,7 +35,7 @@ def run_stage(name,       # a notebook of nbs/pipeline
     name = f'{name}-{entry}' if entry else name
     if forced():
         for state in Path('runs/unfinished').glob(f'{name}.*'):
-            state.unlink()
+            shutil.rmtree(state) if state.is_dir() else state.unlink()
     start = time.time()
     try:
         papermill.execute_notebook(source, f'runs/{name}.ipynb', parameters=parameters, kernel_name='python3',

@@ -40,13 +40,13 @@ def fits(cfg, root):
     except SemmaeError:
         return False
 
-def guide_of(cfg, base, train, root, kind): # with an entry's changes, and without; an ImageSet; parts or scores
+def guide_of(cfg, base, train, root, entry, kind): # with the entry's changes, and without; an ImageSet; parts or scores
     "Return what a training looks at, (N,h,w)"
     if kind == 'parts' and needs(cfg, base) == 'runs/parts':
         return read_maps(f'{root}/runs/parts', 'train', train.images).to(train.images.device)
     same = cfg['teacher'] == base['teacher']
     encoder = load_teacher(root) if same else cfg['teacher'] and open_teacher(cfg['teacher'], root)
-    return make_guide(cfg, kind, encoder, train, root)
+    return make_guide(cfg, kind, encoder, train, root, f'runs/unfinished/train-{entry}')
 
 def left_out(cfg, base, train, root='.'):
     "Say why an entry cannot be trained on these images, or need not be; None: it can"
@@ -76,7 +76,7 @@ def train_stage(root, profile=None, entry=MAIN):
         return write_json(metrics, dict(skipped=reason))
     check_shares(cfg, data)
     (mae, options), checkpoint = begin(cfg, root), Path(root)/f'runs/unfinished/train-{entry}.pt'
-    maps = guides(cfg, partial(guide_of, cfg, base, data, root))
+    maps = guides(cfg, partial(guide_of, cfg, base, data, root, entry))
     history = pretrain(mae, data.images, **maps, **options, seed=cfg['seed'], checkpoint=checkpoint)
     if world()[0] > 0:
         return
