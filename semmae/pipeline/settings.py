@@ -7,9 +7,9 @@ __all__ = ['Seed', 'STRICT', 'WORDS', 'WARM', 'RULES', 'KEYS', 'model_of', 'teac
            'masking_model', 'word_at', 'profile_model', 'model_with', 'model_in', 'fields_at', 'place_of', 'sentence',
            'wrong_types', 'check_types', 'grid_of', 'check_encoder', 'check_decoder', 'check_masking',
            'check_optimizer', 'check_teacher', 'check_teacher_name', 'check_teacher_weights', 'check_guide',
-           'check_start', 'check_batch', 'check_pairs', 'check_compiling', 'check_warm_up', 'refusals', 'without',
-           'find_mistakes', 'check_profile', 'check_entry', 'waits', 'check_training', 'check_keys', 'check_tuned',
-           'check_params']
+           'check_start', 'check_batch', 'check_pairs', 'check_augment', 'check_compiling', 'check_warm_up', 'refusals',
+           'without', 'find_mistakes', 'check_profile', 'check_entry', 'waits', 'check_training', 'check_keys',
+           'check_tuned', 'check_params']
 
 # %% ../../nbs/pipeline/glue/08_settings.ipynb #7cd1e003
 import copy, json
@@ -22,11 +22,12 @@ from typing import Annotated, Literal, get_args
 import timm, torch
 from annotated_types import Ge, Le, Len
 from pydantic import ConfigDict, ValidationError, create_model
+from timm.data.auto_augment import rand_augment_transform
 from timm.optim import create_optimizer_v2
 
 from ..core import SemmaeError, Share, Size, check, explained, find_path, generator, options_of
 from ..evaluate import score
-from ..finetune import finetune
+from ..finetune import finetune, probe
 from ..mae import DECODERS, MAE
 from ..masking import STRATEGIES, choose, find_strategy, hide_among
 from ..parts import SOURCES
@@ -100,8 +101,8 @@ def model_with(trained, source, kind, masking):
         encoder=(model_of(make_encoder), ...),
         decoder=(decoder_model(kind), ...),
         pretrain=(model_of(pretrain, masking=(masking_model(masking), ...), start=(str | None, None)), ...),
-        probe=(model_of(score), ...),
-        finetune=(model_of(finetune, labels=(Annotated[list[Share], Len(1)], ...)), ...),
+        probe=(model_of(score, lars=(model_of(probe, frame=(Share, 1.)) | None, None)), ...),
+        finetune=(model_of(finetune, labels=(Annotated[list[Share], Len(1)], ...), frame=(Share, 1.)), ...),
         segment=(model_of(segment, labels=(Share, ...)), ...))
 
 # %% ../../nbs/pipeline/glue/08_settings.ipynb #7cd1e010
@@ -271,11 +272,18 @@ def check_batch(cfg, root):
 
 def check_pairs(cfg, root):
     "See that batches of fine-tuning can be cut into pairs"
-    n = cfg['processes']
-    tune = (defaults_of(finetune) | cfg['finetune'])['batch']
-    check(tune % (2*n) == 0,
-          f"`finetune.batch` is {tune}, and images are mixed in pairs in {n} processes: "
-          f"choose a multiple of {2*n}")
+    tune = defaults_of(finetune) | cfg['finetune']
+    n, batch = cfg['processes']*tune['accumulate'], tune['batch']
+    check(batch % (2*n) == 0,
+          f"`finetune.batch` is {batch}, and images are mixed in pairs in {n} shares of {cfg['processes']} "
+          f"processes: choose a multiple of {2*n}")
+
+def check_augment(cfg, root):
+    "See that timm knows a random augmentation"
+    if policy := cfg['finetune'].get('augment'):
+        with explained(f"`finetune.augment` is {policy!r}, which timm does not know",
+                       "write rand-m9-mstd0.5-inc1, or null for none"):
+            rand_augment_transform(policy)
 
 def check_compiling(cfg, root):
     "See that a way to compile is known, and works with several processes and turns"
@@ -298,7 +306,8 @@ def check_warm_up(block, train, cfg, root):
 
 WARM = dict(teacher=distil, pretrain=pretrain, finetune=finetune, segment=segment)
 RULES = (check_encoder, check_decoder, check_masking, check_optimizer, check_teacher, check_teacher_name,
-         check_teacher_weights, check_guide, check_start, check_batch, check_pairs, check_compiling,
+         check_teacher_weights, check_guide, check_start, check_batch, check_pairs, check_augment,
+         check_compiling,
          *[partial(check_warm_up, block, train) for block, train in WARM.items()])
 
 # %% ../../nbs/pipeline/glue/08_settings.ipynb #3b02678c
