@@ -97,8 +97,7 @@ def label(folder, stop_after=None):
         done.append(len(images))
         return images[:, 0, ::8, ::8]
     try:
-        with maps.unfinished(folder/'parts.key') as state:
-            found = maps.in_shards(cells, IMAGES, state, 'train')
+        found = maps.in_shards(cells, IMAGES, maps.shards_folder(folder/'parts', 'key'), 'train')
         torch.save(found, folder/f'maps{world()[0]}.pt')
     except Stop:
         pass

@@ -12,7 +12,7 @@ import torch
 
 from ..masking import CHOICES, find_strategy
 from ..parts import SOURCES, batched_outputs
-from .maps import in_shards, make_parts, unfinished
+from .maps import in_shards, make_parts, shards_folder
 from .params import defaults_of
 from ..pretrain import pretrain
 from ..train import run_key
@@ -42,8 +42,8 @@ def needs(cfg, base): # the profile with an entry's changes, and without
 def attention_maps(encoder, images, state):
     "Return how much a teacher attends to each cell, (N,h,w)"
     average = lambda some: torch.cat([seen.attention.mean(1) for seen, in batched_outputs(encoder, some, [None])])
-    with unfinished(Path(f"{state}.{run_key('pipeline.guide', images, encoder=encoder_key(encoder))}")) as folder:
-        return in_shards(average, images, folder, 'attention')
+    folder = shards_folder(state, run_key('pipeline.guide', images, encoder=encoder_key(encoder)))
+    return in_shards(average, images, folder, 'attention')
 
 def make_guide(cfg, kind, encoder, train, # parts or scores; the encoder to look through; an ImageSet
                root='.', state='runs/unfinished/maps'): # where unfinished maps are kept

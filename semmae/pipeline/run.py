@@ -6,11 +6,11 @@
 __all__ = ['run_stage', 'forced', 'main']
 
 # %% ../../nbs/pipeline/glue/17_run.ipynb #7d31e003
-import os, re, shutil, sys, time
+import os, re, sys, time
 from pathlib import Path
 
 from ..core import SemmaeError, check, die_with_parent, write_json
-from .stages import NO_MEMORY, best_device, device_name, short_of_memory
+from .stages import NO_MEMORY, best_device, clear, device_name, short_of_memory
 
 # %% ../../nbs/pipeline/glue/17_run.ipynb #7d31e005
 def run_stage(name,       # a notebook of nbs/pipeline
@@ -34,8 +34,7 @@ def run_stage(name,       # a notebook of nbs/pipeline
     die_with_parent()  # and the kernel watches this process and goes with it
     name = f'{name}-{entry}' if entry else name
     if forced():
-        for state in Path('runs/unfinished').glob(f'{name}.*'):
-            shutil.rmtree(state) if state.is_dir() else state.unlink()
+        clear(name)
     start = time.time()
     try:
         papermill.execute_notebook(source, f'runs/{name}.ipynb', parameters=parameters, kernel_name='python3',

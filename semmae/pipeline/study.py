@@ -23,7 +23,7 @@ from .guide import guides, make_guide
 from .params import changed, defaults_of, pick, read_params, read_yaml
 from .rows import add_row, key_of, read_rows, score_of
 from .settings import Seed, check_profile, check_types, model_of
-from .stages import best_device, device_name
+from .stages import best_device, clear, device_name
 from .train import begin
 from .tune import tune
 from ..pretrain import GRAPH, MaskLearner, pretrain
@@ -124,6 +124,7 @@ class Bench:
             # of each kind one at a time
             self.guides = {k: v for k, v in self.guides.items() if json.loads(k)[0] != kind}
             self.guides[key] = make_guide(cfg, kind, encoder, self.splits[0], self.root)
+            clear('maps', self.root)
         return self.guides[key]
 
 # %% ../../nbs/pipeline/glue/18_study.ipynb #0065f7bd

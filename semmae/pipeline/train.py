@@ -17,7 +17,6 @@ from .data import load_data
 from .encoders import check_shares, fresh_encoder, load_like, load_teacher, open_teacher
 from .guide import guides, looks_at, make_guide, needs
 from .params import read_params
-from .processes import run_process
 from .stages import best_device, write_csv
 from ..pretrain import pretrain
 from ..train import join, world
@@ -87,6 +86,3 @@ def train_stage(root, profile=None, entry=MAIN):
     about = dict(loss=loss, split='train', images=len(data), seed=cfg['seed'],
                  checkpoint=file_hash(out/'encoder.safetensors'))
     write_json(metrics, about)
-
-if __name__ == '__main__' and '__file__' in globals():  # not in a notebook
-    run_process(train_stage)

@@ -90,7 +90,7 @@ def lars_stage(root, profile=None):
     for entry in read_yaml(f'{root}/params.yaml')['trainings']:
         if found := trained(root, profile, entry):
             model, _ = probe(found[0], train.images, train.targets['class'], len(train.classes['class']), **options,
-                             seed=cfg['seed'], checkpoint=runs/f'unfinished/probe-{entry}.pt')
+                             seed=cfg['seed'], checkpoint=runs/f'unfinished/probe.{entry}')
             scores[entry] = accuracy(classified(model, test.images, frame), test.targets['class'])
     if world()[0] == 0:
         write_json(runs/'unfinished/probe.json', scores)
