@@ -253,14 +253,11 @@ def check_guide(cfg, root):
           f"`teacher` is null, and parts of the source {source!r} are seen through one: name an encoder")
 
 def check_start(cfg, root):
-    "See that the weights that a training begins with are there"
+    "See that a training begins with weights that are not made by another"
     start = cfg['pretrain'].get('start')
     check(not start or not Path(start).is_relative_to('runs'),
           f"`pretrain.start` is {start!r}, and trainings do not wait for one another: keep those weights "
           "outside of runs/ with `python -m semmae.pipeline.ship`")
-    check(not start or (find_path('pretrain.start', start, root)/'encoder.safetensors').is_file(),
-          f"`pretrain.start` is {start!r}, which holds no encoder.safetensors: run `dvc pull data`, "
-          "or name a folder that holds it and decoder.safetensors")
 
 # %% ../../nbs/pipeline/glue/08_settings.ipynb #24dc43af
 def check_batch(cfg, root):
