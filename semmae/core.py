@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Count', 'Whole', 'Layers', 'Width', 'Label', 'Parts', 'Amount', 'Share', 'Unit', 'Inner', 'Side', 'Size', 'Scale',
            'SemmaeError', 'check', 'explained', 'options_of', 'Generator', 'generator', 'draw', 'constant',
-           'die_with_parent', 'begin_worker', 'open_pool', 'own_cores', 'grid_size', 'patchify', 'unpatchify', 'blank',
-           'atomic', 'tidy', 'write_json', 'read_json', 'find_path', 'file_hash']
+           'die_with_parent', 'begin_worker', 'own_cores', 'may_fork', 'open_pool', 'grid_size', 'patchify',
+           'unpatchify', 'blank', 'atomic', 'tidy', 'write_json', 'read_json', 'find_path', 'file_hash']
 
 # %% ../nbs/00_core.ipynb #ddd6ad81
 import contextlib, hashlib, inspect, json, os, signal, sys, threading, time
@@ -108,15 +108,19 @@ def begin_worker(alone, prepare, *args):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     prepare(*args)
 
-def open_pool(n, prepare, *args): # what every worker does first
-    "Start workers: processes where they can be forked, with all that their parent holds, else threads"
-    alone = sys.platform == 'linux' and not current_process().daemon
-    Pool = partial(ProcessPoolExecutor, mp_context=get_context('fork')) if alone else ThreadPoolExecutor
-    return Pool(n, initializer=begin_worker, initargs=(alone, prepare, *args))
-
 def own_cores():
     "Count the cores that this process may use, one of several on this machine perhaps"
     return max(1, os.cpu_count()//int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+
+def may_fork():
+    "Say whether this process can fork others"
+    return sys.platform == 'linux' and not current_process().daemon
+
+def open_pool(most, prepare=lambda: None, *args): # what every worker does first
+    "Start workers, one a core: processes where they can be forked, with all that their parent holds, else threads"
+    alone = may_fork()
+    Pool = partial(ProcessPoolExecutor, mp_context=get_context('fork')) if alone else ThreadPoolExecutor
+    return Pool(min(most, own_cores()), initializer=begin_worker, initargs=(alone, prepare, *args))
 
 # %% ../nbs/00_core.ipynb #e8ca8075
 def grid_size(size, patch):  # (height, width) of images, and the side of a patch

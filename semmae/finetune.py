@@ -7,7 +7,7 @@ __all__ = ['CHANGE', 'Drop', 'with_head', 'prepare_change', 'change_some', 'Augm
            'finetune', 'Probed', 'lars', 'probe', 'outputs', 'framed', 'classified']
 
 # %% ../nbs/15_finetune.ipynb #395d2751
-import random, sys, threading
+import random, threading
 from functools import partial
 from multiprocessing.util import Finalize
 from typing import Annotated, Literal
@@ -22,8 +22,8 @@ from timm.optim import Lars, create_optimizer_v2
 from torch import nn
 from torch.nn import functional as F
 
-from .core import (Amount, Count, Scale, Unit, check, draw, explained, generator, open_pool,
-                         own_cores)
+from .core import (Amount, Count, Scale, Unit, check, draw, explained, generator, may_fork,
+                         open_pool, own_cores)
 from .images import crop_parts, normalize
 from .train import (Checkpoint, Learner, Shuffled, enough_memory, lr_at, prepare, random_crops,
                           run_epochs, run_key)
@@ -67,8 +67,8 @@ class Augment:
         with explained(f"`finetune.augment` is {policy!r}, which timm does not know",
                        "write rand-m9-mstd0.5-inc1, or null for none"):
             prepare_change(policy, stats, size)
-        self.pool = open_pool(own_cores() if sys.platform == 'linux' else 1, prepare_change, policy, stats,
-                              size)
+        # threads share the generators, so that there may be one of them
+        self.pool = open_pool(own_cores() if may_fork() else 1, prepare_change, policy, stats, size)
         Finalize(self, self.pool.shutdown, kwargs=dict(cancel_futures=True), exitpriority=100)
 
     def __call__(self, imgs, u): # (B,3,H,W) of 0 to 255; uniform numbers (B,)

@@ -25,8 +25,7 @@ from PIL import Image, ImageOps
 from timm.data import create_dataset
 from torch.utils.data import ConcatDataset
 
-from .core import (Count, Share, Size, check, explained, find_path, generator, open_pool,
-                         own_cores)
+from .core import Count, Share, Size, check, explained, find_path, generator, open_pool
 from .images import VOID, ImageSet
 
 # %% ../nbs/17_sources.ipynb #8ea4fbe2
@@ -209,7 +208,7 @@ class Workers:
         room = min(len(ids), max(1, memory//math.prod(shape)))
         self.slots = np.frombuffer(mmap.mmap(-1, room*math.prod(shape)), np.uint8).reshape(room, *shape)
         self.free = list(range(room))
-        self.pool = open_pool(min(own_cores(), -(-len(ids)//8)), prepare_work, src, size, channels, self.slots)
+        self.pool = open_pool(-(-len(ids)//8), prepare_work, src, size, channels, self.slots)
         # with the stream, or before a process closes queues and waits for its children
         Finalize(self, self.pool.shutdown, kwargs=dict(cancel_futures=True), exitpriority=100)
 
