@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SPLITS', 'SYNONYMS', 'READERS', 'NAMES', 'WORK', 'unless_killed', 'Channels', 'Source', 'hold_out', 'read_paths',
            'reader', 'named', 'cache_folder', 'hidden', 'folder_source', 'walk_tar', 'read_tar', 'tar_source',
-           'class_names', 'targets_of', 'open_item', 'timm_source', 'refuse_stream', 'open_source', 'decode',
-           'begin_worker', 'decode_some', 'open_pool', 'Workers', 'Stream', 'fits_in_memory', 'read_all',
+           'class_names', 'targets_of', 'open_item', 'timm_source', 'refuse_stream', 'open_path', 'open_source',
+           'decode', 'begin_worker', 'decode_some', 'open_pool', 'Workers', 'Stream', 'fits_in_memory', 'read_all',
            'read_targets', 'ids_of', 'read_parts', 'load_images']
 
 # %% ../nbs/17_sources.ipynb #0c2eab55
@@ -93,7 +93,7 @@ def reader(matches): # path -> whether to read it
         return read
     return register
 
-# %% ../nbs/17_sources.ipynb #070f7481
+# %% ../nbs/17_sources.ipynb #ac56ae11
 NAMES = {} # the beginning of a name -> what opens it
 
 def named(*beginnings):
@@ -140,7 +140,7 @@ def read_tar(path):
             else partial(np.fromfile, path, np.uint8, size, offset=place)
             for name, size, place in walk_tar(path)}
 
-# %% ../nbs/17_sources.ipynb #79ac96d8
+# %% ../nbs/17_sources.ipynb #fff5442f
 @reader(lambda path: path.is_file() and tarfile.is_tarfile(path))
 def tar_source(path):
     "Open images in a tar file, laid out like a folder"
@@ -170,7 +170,7 @@ def open_item(images, i):
     "Open an image of a dataset of timm's, which puts another into the place of one that cannot be read"
     return Image.open(images.reader[i][0]) if hasattr(images, 'reader') else images[i][0]
 
-# %% ../nbs/17_sources.ipynb #e01e1df2
+# %% ../nbs/17_sources.ipynb #6fe6e9d9
 @named('torch', 'hfds')
 def timm_source(name): # torch/cifar10, hfds/…
     "Open a dataset that timm knows by name"
@@ -191,7 +191,7 @@ def timm_source(name): # torch/cifar10, hfds/…
     return Source(names, [k.split('/')[-2] for k in names],
                   lambda i: open_item(sets[i >= n], i - n*(i >= n)), [], labels)
 
-# %% ../nbs/17_sources.ipynb #37cf5959
+# %% ../nbs/17_sources.ipynb #3feb3ad7
 @named('hfids', 'wds')
 def refuse_stream(name):
     "Refuse what has no order of its own"
@@ -199,17 +199,19 @@ def refuse_stream(name):
                  "or to a folder of shards")
 
 # %% ../nbs/17_sources.ipynb #912e20ca
+def open_path(path):
+    "Open a path with its reader"
+    read = next((read for matches, read in READERS if matches(path)), None)
+    check(read, f"{path} is {'not a tar' if path.exists() else 'not there'}: set `data.source` "
+                "to an image folder, a tar or a dataset's name (torch/…, hfds/…)")
+    return read(path)
+
 def open_source(source, root='.', held=.1): # a path, from `root` on, or a name; see `hold_out`
     "Open the source that `source` names, once every class has images in every split"
     path = find_path('data.source', source, root).resolve()
     beginning, slash, _ = str(source).partition('/')
-    if slash and beginning in NAMES and not path.exists():
-        src = NAMES[beginning](source)
-    else:
-        read = next((read for matches, read in READERS if matches(path)), None)
-        check(read, f"{path} is {'not a tar' if path.exists() else 'not there'}: set `data.source` "
-                    "to an image folder, a tar or a dataset's name (torch/…, hfds/…)")
-        src = read(path)
+    known = slash and beginning in NAMES and not path.exists()
+    src = NAMES[beginning](source) if known else open_path(path)
     check(src.names, f"{path} holds no images: set `data.source` to what does")
     src.splits = hold_out(src.keys or src.names, src.splits, src.labels, held)
     found = set(zip(src.labels or (), src.splits))
