@@ -220,8 +220,9 @@ DOWNLOADS = { # name -> torchvision's class, the folder that it makes, the name 
 def torchvision_source(name): # torchvision/flowers102 …
     "Open a set in the cache, downloaded unless it is there"
     short = name.partition('/')[2]
-    check(short in DOWNLOADS, f"{name} cannot be downloaded: choose one of {', '.join(DOWNLOADS)}, or set "
-          f"`data.source` to a folder of your own, for Stanford Cars by {SETS['Stanford Cars'][0]}")
+    check(short in DOWNLOADS, f"{name} cannot be downloaded: choose one of "
+          f"{', '.join(f'torchvision/{k}' for k in DOWNLOADS)}, or set `data.source` to a "
+          f"folder of your own, for Stanford Cars by {SETS['Stanford Cars'][0]}")
     Dataset, folder, title = DOWNLOADS[short]
     path, (home, files, _) = cache_folder()/folder, SETS[title]
     if not all((path/file).is_file() for file in files):
