@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from .. import datasets  # which registers readers, as the demo's does
 from ..core import check, explained, read_json
-from ..demo.source import sheet_source  # so that `load_images` knows it
+from ..demo.source import sheet_source
 from ..sources import SPLITS, Source, load_images, reader
 
 # %% ../../nbs/pipeline/glue/02_data.ipynb #78c5d69e
