@@ -18,7 +18,7 @@ def run_notebook(name, root):
             known['root'] = str(root)
 
 
-def run_everything(root):
+def run_everything(root, report=True):
     check_params(root/'params.yaml')
     teacher_stage(root)
     parts_stage(root)
@@ -26,4 +26,5 @@ def run_everything(root):
     run_notebook('probe', root)
     finetune_stage(root)
     segment_stage(root)
-    run_notebook('report', root)
+    if report:
+        run_notebook('report', root)
