@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .core import Amount, Count, Scale, Unit, check, generator
-from .images import crop_parts, normalize
+from .images import VOID, crop_parts, normalize
 from .train import (Checkpoint, Learner, Shuffled, enough_memory, prepare, random_crops, run_epochs,
                           run_key, world)
 from .vit import autocast, encoder_key, pixels_of, plain
@@ -46,7 +46,8 @@ class Labelled(Shuffled):
         super().__init__(images, epochs, batch, seed, stage)
         check(len(targets) == len(images),
               f"there are {len(images)} images and targets for {len(targets)}: give one for each")
-        lo, hi = int(targets.min()), int(targets.max())
+        known = targets[targets != VOID] if targets.ndim == 3 else targets
+        lo, hi = int(known.min()), int(known.max())
         check(0 <= lo and hi < n_out, f"the labels run from {lo} to {hi}, and there are {n_out}: "
               "correct them, or say how many there are")
         self.targets, self.n_out, self.scale = targets, n_out, crop_scale
@@ -58,7 +59,9 @@ class Labelled(Shuffled):
         imgs, *moves = random_crops(images, self.size, self.scale, gen('boxes'), gen('flips'))
         targets = self.targets[ids.to(self.targets.device)]
         if targets.ndim == 3:
-            targets = crop_parts(targets, *moves, targets.shape[1:], self.n_out)
+            each = torch.where(targets == VOID, self.n_out, targets.long())
+            each = crop_parts(each, *moves, targets.shape[1:], self.n_out + 1)
+            targets = torch.where(each == self.n_out, VOID, each)
         return normalize(imgs, self.stats), targets
 
 # %% ../nbs/15_finetune.ipynb #dff3f31d
