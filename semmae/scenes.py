@@ -7,9 +7,7 @@ __all__ = ['LONGEST', 'SHARE', 'Zoom', 'DISTORT', 'levels_of', 'make_neck', 'ini
            'read_scene', 'scaled', 'Distort', 'uniform', 'random_piece', 'random_scene', 'collate', 'Scenes',
            'rise_and_fall', 'learn_scenes', 'starts', 'scene_map', 'scores_of', 'scene_scores']
 
-# %% ../nbs/19_scenes.ipynb #1191a361
-import os, sys
-from multiprocessing import current_process
+# %% ../nbs/19_scenes.ipynb #a5a9e141
 from typing import Annotated
 
 import numpy as np, torch
@@ -25,11 +23,11 @@ from .core import Amount, Count, SemmaeError, Size, Unit, Whole, Width, check, e
 from .finetune import Drop, with_head
 from .images import VOID, normalize
 from .segment import confusion, iou_of, map_loss
-from .sources import Stream, upright
+from .sources import Stream, cores, may_fork, upright
 from .train import Checkpoint, Learner, Shuffled, enough_memory, prepare, run_epochs, run_key, world
 from .vit import autocast, encoder_key, resize
 
-# %% ../nbs/19_scenes.ipynb #1d1563fa
+# %% ../nbs/19_scenes.ipynb #fbf07d41
 def levels_of(depth):
     "Choose four blocks, counted from 0: a third, a half, two thirds and all of the way up"
     return [max(0, depth*k//12 - 1) for k in (4, 6, 8, 12)]
@@ -40,7 +38,7 @@ def make_neck(width):
     finest = nn.Sequential(double(), nn.BatchNorm2d(width), nn.GELU(), double())
     return nn.ModuleList([finest, double(), nn.Identity(), nn.MaxPool2d(2, 2)])
 
-# %% ../nbs/19_scenes.ipynb #d56e0678
+# %% ../nbs/19_scenes.ipynb #d1562b77
 def init_head(head, dropout):
     "Draw mmsegmentation's initial weights, in place, and leave out channels before the classifier"
     for m in head.modules():
@@ -61,7 +59,7 @@ def make_heads(width, channels, n_classes, dropout=.1): # of the levels, and ins
                            auxiliary_concat_input=False)
     return [init_head(kind(config, [width]*4), dropout) for kind in (UperNetHead, UperNetFCNHead)]
 
-# %% ../nbs/19_scenes.ipynb #52503af2
+# %% ../nbs/19_scenes.ipynb #3134e843
 class UPerNet(nn.Module):
     "Say what every pixel shows, on a grid of a quarter of the encoder's patches"
     def __init__(self, encoder, n_classes, size=None, # None: the encoder's own
@@ -90,7 +88,7 @@ class UPerNet(nn.Module):
         "Name the weights that do not decay"
         return {f'encoder.{k}' for k in self.encoder.no_weight_decay()}
 
-# %% ../nbs/19_scenes.ipynb #c8dd9958
+# %% ../nbs/19_scenes.ipynb #bd9e4b57
 def label_map(src, i):
     "Return the label of every pixel of image `i` as a PIL image; `VOID` where there is none"
     if src.maps:
@@ -108,7 +106,7 @@ def read_scene(src, i, n_classes, channels=3):
                             "classes: correct it, or say how many there are")
     return image, labels
 
-# %% ../nbs/19_scenes.ipynb #f932ce91
+# %% ../nbs/19_scenes.ipynb #9678b8e7
 LONGEST = 4  # times the short side
 SHARE = .75  # that one class may take of a crop
 Zoom = Annotated[tuple[Annotated[float, Gt(0)], Annotated[float, Gt(0)]],
@@ -126,7 +124,7 @@ class Distort(v2.RandomPhotometricDistort):
 
 DISTORT = Distort((1 - 32/255, 1 + 32/255), (.5, 1.5), (.5, 1.5), (-18/180, 18/180))
 
-# %% ../nbs/19_scenes.ipynb #eb6adeb9
+# %% ../nbs/19_scenes.ipynb #7eb5395a
 def uniform(low, high):
     "Draw a number from torch's own generator, as transforms do"
     return low + (high - low)*torch.rand(()).item()
@@ -154,7 +152,7 @@ def random_scene(image, labels, size, zoom, stats): # PIL images
     return (F.pad(normalize(DISTORT(image)[None].float(), stats)[0], lack),
             F.pad(labels, lack, value=VOID))
 
-# %% ../nbs/19_scenes.ipynb #6c1b92b7
+# %% ../nbs/19_scenes.ipynb #ae68ae1a
 def collate(items):
     "Make a batch; where an image cannot be read, hand on the error"
     return next((x for x in items if isinstance(x, SemmaeError)), None) or default_collate(items)
@@ -163,7 +161,7 @@ class Scenes(Shuffled):
     "Give every step of learning its (imgs, labels)"
     def __init__(self, src, ids, n_classes, model, zoom, steps, batch, seed):
         super().__init__(ids, 1, batch, seed, 'scenes')
-        self.epochs, self.steps, self.coming = steps/self.per_epoch, steps, None
+        self.epochs, self.steps = steps/self.per_epoch, steps
         self.src, self.n_classes, self.zoom = src, n_classes, zoom
         self.size, self.stats = model.encoder.patch_embed.img_size, model.encoder.stats
         self.channels = model.encoder.patch_embed.proj.in_channels
@@ -177,29 +175,19 @@ class Scenes(Shuffled):
             torch.manual_seed(generator(self.seed, 'scene', *at).initial_seed())
             return random_scene(*scene, self.size, self.zoom, self.stats)
 
-    def batches(self, first, pinned=False):
+    def batches(self, first, device):
         "Yield this process's share of every batch from a step on"
-        rank, ranks = world()
-        check(ranks <= self.batch, f"`scenes.batch` is {self.batch} and cannot be cut into {ranks}: raise it, "
-              "or lower `processes`")
-        rows = slice(self.batch*rank//ranks, self.batch*(rank+1)//ranks)
+        rows, fork = self.rows(*world()), may_fork()
         each = ([(step, i) for i in self.ids(step)[rows].tolist()] for step in range(first, self.steps))
-        may_fork = sys.platform == 'linux' and not current_process().daemon
-        workers = max(1, os.cpu_count()//int(os.environ.get('LOCAL_WORLD_SIZE', 1))) if may_fork else 0
-        return iter(DataLoader(self, batch_sampler=each, collate_fn=collate, num_workers=workers,
-                               pin_memory=pinned, multiprocessing_context='fork' if may_fork else None,
-                               generator=torch.Generator()))  # so that it draws nothing from the model's
+        for batch in DataLoader(self, batch_sampler=each, collate_fn=collate, num_workers=cores() if fork else 0,
+                                multiprocessing_context='fork' if fork else None,
+                                pin_memory=device.type == 'cuda',
+                                generator=torch.Generator()):  # so that it draws nothing from the model's
+            if isinstance(batch, SemmaeError):
+                raise batch
+            yield [x.to(device, non_blocking=True) for x in batch]
 
-    def at(self, step, device):
-        "Return this process's share of the batch of a step; steps come one after another"
-        if self.coming is None:
-            self.coming = self.batches(step, device.type == 'cuda')
-        batch = next(self.coming)
-        if isinstance(batch, SemmaeError):
-            raise batch
-        return [x.to(device, non_blocking=True) for x in batch]
-
-# %% ../nbs/19_scenes.ipynb #1756c35b
+# %% ../nbs/19_scenes.ipynb #44ee1b44
 def rise_and_fall(step, steps, warmup, peak):
     "Return the rate of a step: up from a millionth, down to nothing, both along lines"
     warmup = round(warmup)
@@ -207,9 +195,9 @@ def rise_and_fall(step, steps, warmup, peak):
         return peak*(1e-6 + (1 - 1e-6)*step/max(1, warmup - 1))
     return peak*(steps - 1 - step)/max(1, steps - 1 - warmup)
 
-# %% ../nbs/19_scenes.ipynb #9eacb52e
-def learn_scenes(encoder, src, ids, n_classes: Count, # a Source, and which of its images
-                 size: Size = (512, 512),             # of crops
+# %% ../nbs/19_scenes.ipynb #901a253c
+def learn_scenes(encoder, src, ids, n_classes, # a Source, and which of its images
+                 size: Size = (512, 512),      # of crops
                  steps: Count = 160_000, batch: Count = 16, lr: Amount = 1.6e-3, # per 256 images
                  warmup_steps: Whole = 1500, weight_decay: Amount = .05, layer_decay: Unit = .65,
                  drop_path: Drop = .1, channels: Width = 768, zoom: Zoom = (.5, 2.),
@@ -223,9 +211,11 @@ def learn_scenes(encoder, src, ids, n_classes: Count, # a Source, and which of i
     with enough_memory(data):
         prepare(model, device).train()
     decay = dict(weight_decay=weight_decay, layer_decay=layer_decay)
-    learner = Learner(model, create_optimizer_v2(model, 'adamw', lr=lr, **decay))
+    learner, coming = Learner(model, create_optimizer_v2(model, 'adamw', lr=lr, **decay)), None
     def learn(step, rate):
-        imgs, labels = data.at(step, device)
+        nonlocal coming
+        coming = coming or data.batches(step, device)  # which step is the first, the checkpoint says
+        imgs, labels = next(coming)
         with autocast(device):
             answers = learner.parallel(imgs)
         loss = sum(weight*map_loss(x, labels) for weight, x in zip((1, auxiliary), answers))
@@ -238,7 +228,7 @@ def learn_scenes(encoder, src, ids, n_classes: Count, # a Source, and which of i
     return model, run_epochs(learn, model, data, lr, warmup_steps/data.per_epoch, state, log=log,
                              schedule=rise_and_fall)
 
-# %% ../nbs/19_scenes.ipynb #47330542
+# %% ../nbs/19_scenes.ipynb #bf2dc50d
 def starts(length, side, stride):
     "Say where windows begin along one axis"
     return [min(k*stride, max(0, length - side)) for k in range(-(-max(0, length - side)//stride) + 1)]
@@ -265,7 +255,7 @@ def scene_map(model, image, # a PIL image
     total = (total/met)[None, :, :rows, :columns]
     return F.interpolate(total, image.size[::-1], mode='bilinear')[0].argmax(0)
 
-# %% ../nbs/19_scenes.ipynb #b1f74f5a
+# %% ../nbs/19_scenes.ipynb #c680968f
 def scores_of(met): # (n,n): pixels by true and predicted class
     "Return mean IoU, mean accuracy, the share of pixels that are right, and the IoU of every class"
     iou, met = iou_of(met), met.double()

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SPLITS', 'SYNONYMS', 'READERS', 'WORK', 'unless_killed', 'Channels', 'Source', 'hold_out', 'read_paths', 'reader',
            'hidden', 'folder_source', 'read_tar', 'tar_source', 'class_names', 'timm_source', 'open_source', 'upright',
-           'decode', 'begin_worker', 'decode_some', 'open_pool', 'Workers', 'Stream', 'fits_in_memory', 'read_all',
-           'read_targets', 'ids_of', 'read_parts', 'load_images']
+           'decode', 'begin_worker', 'decode_some', 'may_fork', 'cores', 'open_pool', 'Workers', 'Stream',
+           'fits_in_memory', 'read_all', 'read_targets', 'ids_of', 'read_parts', 'load_images']
 
 # %% ../nbs/17_sources.ipynb #0c2eab55
 import hashlib, io, math, mmap, os, signal, sys, tarfile, threading
@@ -208,9 +208,17 @@ unless_killed = partial(explained, "a process that decodes images was killed, fo
                         "lower `data.size`, or run fewer processes", BrokenProcessPool)
 
 # %% ../nbs/17_sources.ipynb #77afcac1
+def may_fork():
+    "Say whether this process can fork others, which then hold all that it holds"
+    return sys.platform == 'linux' and not current_process().daemon
+
+def cores():
+    "Count this process's share of the cores"
+    return max(1, os.cpu_count()//int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+
 def open_pool(n, *work):
     "Start workers: processes where they can be forked, with all that a source holds, else threads"
-    alone = sys.platform == 'linux' and not current_process().daemon
+    alone = may_fork()
     Pool = partial(ProcessPoolExecutor, mp_context=get_context('fork')) if alone else ThreadPoolExecutor
     return Pool(n, initializer=begin_worker, initargs=(alone, *work))
 
@@ -222,8 +230,8 @@ class Workers:
         self.ids, self.coming, shape = ids, {}, (channels, *size)  # image -> what decodes it, and its slot
         room = min(len(ids), max(1, memory//math.prod(shape)))
         self.slots = np.frombuffer(mmap.mmap(-1, room*math.prod(shape)), np.uint8).reshape(room, *shape)
-        self.free, cores = list(range(room)), os.cpu_count()//int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-        self.pool = open_pool(min(max(1, cores), -(-len(ids)//8)), src, size, channels, self.slots)
+        self.free = list(range(room))
+        self.pool = open_pool(min(cores(), -(-len(ids)//8)), src, size, channels, self.slots)
         # with the stream, or before a process closes queues and waits for its children
         Finalize(self, self.pool.shutdown, kwargs=dict(cancel_futures=True), exitpriority=100)
 
