@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LONGEST', 'SHARE', 'Zoom', 'DISTORT', 'levels_of', 'make_neck', 'init_head', 'make_heads', 'UPerNet', 'label_map',
            'read_scene', 'scaled', 'Distort', 'uniform', 'random_piece', 'random_scene', 'collate', 'Scenes',
-           'rise_and_fall', 'learn_scenes', 'starts', 'scene_map', 'scores_of', 'scene_scores']
+           'rise_and_fall', 'learn_scenes', 'starts', 'slide', 'scene_map', 'scores_of', 'scene_scores']
 
-# %% ../nbs/19_scenes.ipynb #a5a9e141
+# %% ../nbs/19_scenes.ipynb #c3e728f8
 from typing import Annotated
 
 import numpy as np, torch
@@ -27,7 +27,7 @@ from .sources import Stream, cores, may_fork, upright
 from .train import Checkpoint, Learner, Shuffled, enough_memory, prepare, run_epochs, run_key, world
 from .vit import autocast, encoder_key, resize
 
-# %% ../nbs/19_scenes.ipynb #fbf07d41
+# %% ../nbs/19_scenes.ipynb #12df35f7
 def levels_of(depth):
     "Choose four blocks, counted from 0: a third, a half, two thirds and all of the way up"
     return [max(0, depth*k//12 - 1) for k in (4, 6, 8, 12)]
@@ -38,7 +38,7 @@ def make_neck(width):
     finest = nn.Sequential(double(), nn.BatchNorm2d(width), nn.GELU(), double())
     return nn.ModuleList([finest, double(), nn.Identity(), nn.MaxPool2d(2, 2)])
 
-# %% ../nbs/19_scenes.ipynb #d1562b77
+# %% ../nbs/19_scenes.ipynb #9c0cedd9
 def init_head(head, dropout):
     "Draw mmsegmentation's initial weights, in place, and leave out channels before the classifier"
     for m in head.modules():
@@ -59,7 +59,7 @@ def make_heads(width, channels, n_classes, dropout=.1): # of the levels, and ins
                            auxiliary_concat_input=False)
     return [init_head(kind(config, [width]*4), dropout) for kind in (UperNetHead, UperNetFCNHead)]
 
-# %% ../nbs/19_scenes.ipynb #3134e843
+# %% ../nbs/19_scenes.ipynb #e825afb1
 class UPerNet(nn.Module):
     "Say what every pixel shows, on a grid of a quarter of the encoder's patches"
     def __init__(self, encoder, n_classes, size=None, # None: the encoder's own
@@ -88,7 +88,7 @@ class UPerNet(nn.Module):
         "Name the weights that do not decay"
         return {f'encoder.{k}' for k in self.encoder.no_weight_decay()}
 
-# %% ../nbs/19_scenes.ipynb #bd9e4b57
+# %% ../nbs/19_scenes.ipynb #9c4e2e6c
 def label_map(src, i):
     "Return the label of every pixel of image `i` as a PIL image; `VOID` where there is none"
     if src.maps:
@@ -106,7 +106,7 @@ def read_scene(src, i, n_classes, channels=3):
                             "classes: correct it, or say how many there are")
     return image, labels
 
-# %% ../nbs/19_scenes.ipynb #9678b8e7
+# %% ../nbs/19_scenes.ipynb #840ecb1e
 LONGEST = 4  # times the short side
 SHARE = .75  # that one class may take of a crop
 Zoom = Annotated[tuple[Annotated[float, Gt(0)], Annotated[float, Gt(0)]],
@@ -124,7 +124,7 @@ class Distort(v2.RandomPhotometricDistort):
 
 DISTORT = Distort((1 - 32/255, 1 + 32/255), (.5, 1.5), (.5, 1.5), (-18/180, 18/180))
 
-# %% ../nbs/19_scenes.ipynb #7eb5395a
+# %% ../nbs/19_scenes.ipynb #4ca0efb0
 def uniform(low, high):
     "Draw a number from torch's own generator, as transforms do"
     return low + (high - low)*torch.rand(()).item()
@@ -152,7 +152,7 @@ def random_scene(image, labels, size, zoom, stats): # PIL images
     return (F.pad(normalize(DISTORT(image)[None].float(), stats)[0], lack),
             F.pad(labels, lack, value=VOID))
 
-# %% ../nbs/19_scenes.ipynb #ae68ae1a
+# %% ../nbs/19_scenes.ipynb #c6c5ad47
 def collate(items):
     "Make a batch; where an image cannot be read, hand on the error"
     return next((x for x in items if isinstance(x, SemmaeError)), None) or default_collate(items)
@@ -187,7 +187,7 @@ class Scenes(Shuffled):
                 raise batch
             yield [x.to(device, non_blocking=True) for x in batch]
 
-# %% ../nbs/19_scenes.ipynb #44ee1b44
+# %% ../nbs/19_scenes.ipynb #19acbe5c
 def rise_and_fall(step, steps, warmup, peak):
     "Return the rate of a step: up from a millionth, down to nothing, both along lines"
     warmup = round(warmup)
@@ -195,7 +195,7 @@ def rise_and_fall(step, steps, warmup, peak):
         return peak*(1e-6 + (1 - 1e-6)*step/max(1, warmup - 1))
     return peak*(steps - 1 - step)/max(1, steps - 1 - warmup)
 
-# %% ../nbs/19_scenes.ipynb #901a253c
+# %% ../nbs/19_scenes.ipynb #7fae0b6d
 def learn_scenes(encoder, src, ids, n_classes, # a Source, and which of its images
                  size: Size = (512, 512),      # of crops
                  steps: Count = 160_000, batch: Count = 16, lr: Amount = 1.6e-3, # per 256 images
@@ -228,34 +228,37 @@ def learn_scenes(encoder, src, ids, n_classes, # a Source, and which of its imag
     return model, run_epochs(learn, model, data, lr, warmup_steps/data.per_epoch, state, log=log,
                              schedule=rise_and_fall)
 
-# %% ../nbs/19_scenes.ipynb #bf2dc50d
+# %% ../nbs/19_scenes.ipynb #5bd19637
 def starts(length, side, stride):
     "Say where windows begin along one axis"
     return [min(k*stride, max(0, length - side)) for k in range(-(-max(0, length - side)//stride) + 1)]
 
-@torch.no_grad()
-def scene_map(model, image, # a PIL image
-              stride=None): # rows and columns from window to window; None: half of the sides
-    "Return the class of every pixel, (H,W)"
-    vit, device = model.eval().encoder, next(model.parameters()).device
-    size = vit.patch_embed.img_size
-    x = v2.functional.pil_to_tensor(image.resize(scaled(image, min(size)), Image.BILINEAR)).to(device)
-    x, (rows, columns) = normalize(x[None].float(), vit.stats), x.shape[1:]
+def slide(model, x, stride): # (1,C,H,W), normalised; rows and columns from window to window
+    "Return a model's logits at every pixel, the mean of the windows that hold it, (n,H,W)"
+    size, (rows, columns) = model.encoder.patch_embed.img_size, x.shape[2:]
     x = F.pad(x, (0, max(0, size[1] - columns), 0, max(0, size[0] - rows)))
-    by = stride or [max(1, side//2) for side in size]
-    corners = [(top, left) for top in starts(rows, size[0], by[0]) for left in starts(columns, size[1], by[1])]
-    windows = [np.s_[:, top:top+size[0], left:left+size[1]] for top, left in corners]
-    with autocast(device):
+    windows = [np.s_[:, top:top+size[0], left:left+size[1]] for top in starts(rows, size[0], stride[0])
+               for left in starts(columns, size[1], stride[1])]
+    with autocast(x.device):
         answers = model(torch.cat([x[:, *at] for at in windows]))
     answers = F.interpolate(answers.float(), tuple(size), mode='bilinear')
     total, met = answers.new_zeros(answers.shape[1], *x.shape[2:]), answers.new_zeros(x.shape[2:])
     for at, answer in zip(windows, answers):
         total[at] += answer
         met[at[1:]] += 1
-    total = (total/met)[None, :, :rows, :columns]
-    return F.interpolate(total, image.size[::-1], mode='bilinear')[0].argmax(0)
+    return (total/met)[:, :rows, :columns]
 
-# %% ../nbs/19_scenes.ipynb #c680968f
+@torch.no_grad()
+def scene_map(model, image, # a PIL image
+              stride=None): # None: half of a window's sides
+    "Return the class of every pixel, (H,W)"
+    vit, device = model.eval().encoder, next(model.parameters()).device
+    size = vit.patch_embed.img_size
+    x = v2.functional.pil_to_tensor(image.resize(scaled(image, min(size)), Image.BILINEAR)).to(device)
+    logits = slide(model, normalize(x[None].float(), vit.stats), stride or [max(1, n//2) for n in size])
+    return F.interpolate(logits[None], image.size[::-1], mode='bilinear')[0].argmax(0)
+
+# %% ../nbs/19_scenes.ipynb #a45a727a
 def scores_of(met): # (n,n): pixels by true and predicted class
     "Return mean IoU, mean accuracy, the share of pixels that are right, and the IoU of every class"
     iou, met = iou_of(met), met.double()

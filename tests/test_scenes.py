@@ -14,7 +14,7 @@ from semmae import scenes
 from semmae.core import SemmaeError, generator
 from semmae.images import VOID, ImageSet
 from semmae.scenes import (Scenes, UPerNet, label_map, learn_scenes, make_heads, random_piece, random_scene,
-                           scene_map, scene_scores, scores_of, starts)
+                           scene_map, scene_scores, scores_of, slide, starts)
 from semmae.segment import confusion, linear_head, part_iou, segment, segmented, voted
 from semmae.sources import Source
 from semmae.vit import make_encoder
@@ -137,16 +137,28 @@ class Echo(nn.Module):
         return -(x[:, :1] - 10*torch.arange(8)[:, None, None]).square()
 
 
-@pytest.mark.parametrize('size', [(32, 75), (75, 32), (32, 32), (32, 131)])
+@pytest.mark.parametrize('size', [(32, 75), (75, 32), (32, 32), (32, 128), (20, 45)])
 def test_windows_are_put_together(size):
-    "Where nothing is resized, every pixel says its place; the long side is at most four times the short one"
+    "Where nothing is resized, every pixel says its place"
     true = torch.randint(0, 8, size, generator=generator('places', size))
     image = Image.fromarray((10*true).byte().numpy()).convert('RGB')
     model = Echo((32, 32))
-    if max(size) <= 128:
-        for stride in (None, (32, 32), (5, 7)):
+    pixels = (10.*true)[None, None].expand(-1, 3, -1, -1)
+    for stride in ((16, 16), (32, 32), (5, 7)):
+        whole = -(pixels[0, :1] - 10*torch.arange(8)[:, None, None]).square()
+        assert torch.allclose(slide(model, pixels, stride), whole)
+        if min(size) == 32:
             assert torch.equal(scene_map(model, image, stride), true)
     assert scene_map(model, image).shape == true.shape
+
+
+def test_where_windows_meet_they_are_averaged():
+    "Every window answers the mean of its colours"
+    model = Echo((32, 32))
+    model.forward = lambda x: x.mean((1, 2, 3), keepdim=True).expand(-1, 1, 32, 32)
+    x = torch.zeros(1, 3, 32, 48)
+    x[..., 32:] = 1
+    assert slide(model, x, (16, 16))[0, 0, [0, 15, 16, 31, 32, 47]].tolist() == [0, 0, .25, .25, .5, .5]
 
 
 def painted(n=40, size=(60, 90)):
