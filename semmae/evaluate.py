@@ -55,10 +55,10 @@ def nearest(train, x, k=20, temperature=.07): # features (N,D) and (M,D)
         sim, near = (q @ train.T).topk(k, 1)
         yield (sim/temperature).exp(), near
 
-def knn(train, labels, x): # features (N,D) and classes (N,); features to classify
-    "Predict classes by weighted vote of the nearest"
+def knn(train, labels, x, k=20, temperature=.07): # features (N,D) and classes (N,); features to classify
+    "Predict classes by weighted vote of the `k` nearest"
     out = []
-    for weights, near in nearest(train, x):
+    for weights, near in nearest(train, x, k, temperature):
         votes = torch.zeros(len(near), int(labels.max()) + 1, device=near.device)
         out.append(votes.scatter_add_(1, labels[near], weights).argmax(1))
     return torch.cat(out)
