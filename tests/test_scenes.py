@@ -98,6 +98,18 @@ def test_the_head_of_vit_base_has_as_many_weights_as_published():
     assert [x.shape for x in answers] == [(2, classes, 128, 128), (2, classes, 32, 32)]
 
 
+def test_levels_are_the_published_blocks():
+    encoder = make_encoder(image=(32, 48), patch_size=8, embed_dim=32, depth=12, num_heads=2)
+    model, said, given = UPerNet(encoder, 3, channels=8).eval(), {}, {}
+    for i, block in enumerate(model.encoder.blocks):
+        block.register_forward_hook(lambda module, inputs, out, i=i: said.update({i: out}))
+    for i, bring in enumerate(model.neck):
+        bring.register_forward_pre_hook(lambda module, inputs, i=i: given.update({i: inputs[0]}))
+    model(torch.randn(2, 3, 32, 48, generator=generator('image')))
+    for i, block in enumerate((3, 5, 7, 11)):
+        assert torch.equal(given[i], said[block][:, 1:].mT.unflatten(2, (4, 6)))
+
+
 def test_scores_counted_by_hand():
     true = torch.tensor([[[0, 0, 1], [1, VOID, VOID]]], dtype=torch.uint8)
     pred = torch.tensor([[[0, 1, 1], [1, 0, 2]]])
