@@ -24,13 +24,13 @@ from torch.nn import functional as F
 
 from .core import (Amount, Count, Scale, Unit, check, draw, explained, generator, may_fork,
                          open_pool, own_cores)
-from .images import crop_parts, normalize
+from .images import VOID, crop_parts, normalize
 from .train import (Checkpoint, Learner, Shuffled, enough_memory, lr_at, prepare, random_crops,
                           run_epochs, run_key)
 from .vit import autocast, encoder_key, pixels_of, plain
 
 # %% ../nbs/15_finetune.ipynb #b25c97de
-def with_head(encoder, n_out,
+def with_head(encoder, n_out, # 0: no head
               pool='avg',    # avg, token, or '' for an answer at every token
               drop_path=0., std=0., seed=0): # of the head's first weights
     "Make the encoder once more, with a fresh head"
@@ -39,8 +39,9 @@ def with_head(encoder, n_out,
     vit.load_state_dict({norm + k.removeprefix(own) if k.startswith(own) else k: v
                          for k, v in encoder.state_dict().items()})
     vit.reset_classifier(n_out)
-    nn.init.normal_(vit.head.weight, std=std, generator=generator(seed, 'head'))
-    nn.init.zeros_(vit.head.bias)
+    if n_out:
+        nn.init.normal_(vit.head.weight, std=std, generator=generator(seed, 'head'))
+        nn.init.zeros_(vit.head.bias)
     return vit
 
 # %% ../nbs/15_finetune.ipynb #3d8b031b
@@ -88,7 +89,8 @@ class Labelled(Shuffled):
         super().__init__(images, epochs, batch, seed, stage)
         check(len(targets) == len(images),
               f"there are {len(images)} images and targets for {len(targets)}: give one for each")
-        lo, hi = int(targets.min()), int(targets.max())
+        known = targets[targets != VOID] if targets.ndim == 3 else targets
+        lo, hi = int(known.min()), int(known.max())
         check(0 <= lo and hi < n_out, f"the labels run from {lo} to {hi}, and there are {n_out}: "
               "correct them, or say how many there are")
         self.targets, self.n_out, self.scale = targets, n_out, crop_scale
@@ -103,7 +105,9 @@ class Labelled(Shuffled):
             imgs = self.augment(imgs, draw(gen('augment'), len(imgs)))
         targets = self.targets[ids.to(self.targets.device)]
         if targets.ndim == 3:
-            targets = crop_parts(targets, *moves, targets.shape[1:], self.n_out)
+            each = torch.where(targets == VOID, self.n_out, targets.long())
+            each = crop_parts(each, *moves, targets.shape[1:], self.n_out + 1)
+            targets = torch.where(each == self.n_out, VOID, each)
         return normalize(imgs, self.stats), targets
 
 # %% ../nbs/15_finetune.ipynb #dff3f31d

@@ -6,8 +6,8 @@
 __all__ = ['SPLITS', 'SYNONYMS', 'READERS', 'NAMES', 'WORK', 'unless_killed', 'Channels', 'Source', 'hold_out', 'read_paths',
            'reader', 'named', 'cache_folder', 'hidden', 'folder_source', 'walk_tar', 'read_tar', 'tar_source',
            'class_names', 'targets_of', 'open_item', 'timm_source', 'refuse_stream', 'open_path', 'open_source',
-           'decode', 'prepare_work', 'decode_some', 'Workers', 'Stream', 'some_of', 'fits_in_memory', 'read_all',
-           'read_targets', 'ids_of', 'read_parts', 'load_images']
+           'upright', 'decode', 'prepare_work', 'decode_some', 'Workers', 'Stream', 'some_of', 'fits_in_memory',
+           'read_all', 'read_targets', 'ids_of', 'read_parts', 'load_images']
 
 # %% ../nbs/17_sources.ipynb #0c2eab55
 import contextlib, hashlib, io, math, mmap, os, tarfile, threading
@@ -220,14 +220,17 @@ def open_source(source, root='.', held=.1): # a path, from `root` on, or a name;
     return src
 
 # %% ../nbs/17_sources.ipynb #c62b52a5
-def decode(src, i, size, channels=3):
-    "Decode image `i` of a source as a (C,H,W) uint8 array"
+def upright(src, i, channels=3):
+    "Open image `i` of a source as a PIL image of one or three channels, at its own size"
     with explained(f"{src.names[i]} is not an image that can be read", 'replace or remove it'):
         with src.open(i) as im:
             check(not im.mode.startswith(('I', 'F')),
                   f"{src.names[i]} has more than 8 bits a channel: convert it to 8 bits")
-            im = ImageOps.exif_transpose(im).convert({1: 'L', 3: 'RGB'}[channels])
-            im = ImageOps.fit(im, size[::-1], Image.BICUBIC)
+            return ImageOps.exif_transpose(im).convert({1: 'L', 3: 'RGB'}[channels])
+
+def decode(src, i, size, channels=3):
+    "Decode image `i` of a source as a (C,H,W) uint8 array"
+    im = ImageOps.fit(upright(src, i, channels), size[::-1], Image.BICUBIC)
     # laid out as shaped: sums of other orders differ in their last digit
     return np.ascontiguousarray(np.asarray(im).reshape(*size, channels).transpose(2, 0, 1))
 

@@ -68,11 +68,15 @@ class Shuffled:
         epoch, k = divmod(step, self.per_epoch)
         return self.order(epoch)[k*self.batch:(k+1)*self.batch]
 
-    def take(self, step, share, shares):
-        "Return a share of a step's batch: ids, images, and a function from a purpose to its rows' generator"
+    def rows(self, share, shares):
+        "Return which rows of a batch a share is"
         check(shares <= self.batch, f"`{self.stage}.batch` is {self.batch} and cannot be cut into {shares}: "
               "raise it, or lower `processes` or `pretrain.accumulate`")
-        rows = slice(self.batch*share//shares, self.batch*(share+1)//shares)
+        return slice(self.batch*share//shares, self.batch*(share+1)//shares)
+
+    def take(self, step, share, shares):
+        "Return a share of a step's batch: ids, images, and a function from a purpose to its rows' generator"
+        rows = self.rows(share, shares)
         ids = self.ids(step)[rows]
         images = self.images[ids]
         if not torch.is_tensor(self.images) and step + 1 < self.steps:

@@ -25,7 +25,7 @@ from pydantic import ConfigDict, ValidationError, create_model
 from timm.data.auto_augment import rand_augment_transform
 from timm.optim import create_optimizer_v2
 
-from ..core import SemmaeError, Share, Size, check, explained, find_path, generator, options_of
+from ..core import Parts, SemmaeError, Share, Size, check, explained, find_path, generator, options_of
 from ..evaluate import score
 from ..finetune import finetune, probe
 from ..mae import DECODERS, MAE
@@ -35,6 +35,7 @@ from .encoders import fresh_encoder, make_of
 from .guide import looks_at, needs
 from .params import changed, defaults_of, nearest_word, pick, read_yaml
 from ..pretrain import GRAPH, pretrain
+from ..scenes import learn_scenes
 from ..segment import segment
 from ..sources import load_images
 from ..teacher import Distiller, distil
@@ -103,7 +104,8 @@ def model_with(trained, source, kind, masking):
         pretrain=(model_of(pretrain, masking=(masking_model(masking), ...), start=(str | None, None)), ...),
         probe=(model_of(score, lars=(model_of(probe, frame=(Share, 1.)) | None, None)), ...),
         finetune=(model_of(finetune, labels=(Annotated[list[Share], Len(1)], ...), frame=(Share, 1.)), ...),
-        segment=(model_of(segment, labels=(Share, ...)), ...))
+        segment=(model_of(segment, labels=(Share, ...), scenes=(model_of(learn_scenes, n_classes=(Parts | None, None))
+                                                                | None, None)), ...))
 
 # %% ../../nbs/pipeline/glue/08_settings.ipynb #7cd1e010
 WORDS = {'int_type': 'is not a whole number', 'int_from_float': 'is not a whole number',
