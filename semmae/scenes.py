@@ -7,7 +7,7 @@ __all__ = ['LONGEST', 'SHARE', 'Zoom', 'DISTORT', 'levels_of', 'make_neck', 'ini
            'read_scene', 'scaled', 'Distort', 'uniform', 'random_piece', 'random_scene', 'collate', 'Scenes',
            'rise_and_fall', 'learn_scenes', 'starts', 'slide', 'scene_map', 'cells_of', 'scores_of', 'scene_scores']
 
-# %% ../nbs/19_scenes.ipynb #3ad30b60
+# %% ../nbs/19_scenes.ipynb #81dcf90c
 from typing import Annotated
 
 import numpy as np, torch
@@ -28,7 +28,7 @@ from .sources import Stream, upright
 from .train import Checkpoint, Learner, Shuffled, enough_memory, prepare, run_epochs, run_key, world
 from .vit import autocast, encoder_key, pixels_of, resize
 
-# %% ../nbs/19_scenes.ipynb #85e5c6f8
+# %% ../nbs/19_scenes.ipynb #2d5583ae
 def levels_of(depth):
     "Choose four blocks, counted from 0: a third, a half, two thirds and all of the way up"
     return [max(0, depth*k//12 - 1) for k in (4, 6, 8, 12)]
@@ -39,7 +39,7 @@ def make_neck(width):
     finest = nn.Sequential(double(), nn.BatchNorm2d(width), nn.GELU(), double())
     return nn.ModuleList([finest, double(), nn.Identity(), nn.MaxPool2d(2, 2)])
 
-# %% ../nbs/19_scenes.ipynb #36cc5cae
+# %% ../nbs/19_scenes.ipynb #89e48e39
 def init_head(head, dropout):
     "Draw mmsegmentation's initial weights, in place, and leave out channels before the classifier"
     for m in head.modules():
@@ -60,7 +60,7 @@ def make_heads(width, channels, n_classes, dropout=.1): # of the levels, and ins
                            auxiliary_concat_input=False)
     return [init_head(kind(config, [width]*4), dropout) for kind in (UperNetHead, UperNetFCNHead)]
 
-# %% ../nbs/19_scenes.ipynb #348e13b8
+# %% ../nbs/19_scenes.ipynb #05b05714
 class UPerNet(nn.Module):
     "Say what every pixel shows, on a grid of a quarter of the encoder's patches"
     def __init__(self, encoder, n_classes, size=None, # None: the encoder's own
@@ -89,7 +89,7 @@ class UPerNet(nn.Module):
         "Name the weights that do not decay"
         return {f'encoder.{k}' for k in self.encoder.no_weight_decay()}
 
-# %% ../nbs/19_scenes.ipynb #5b21ec36
+# %% ../nbs/19_scenes.ipynb #fd58f447
 def label_map(src, i):
     "Return the label of every pixel of image `i` as a PIL image; `VOID` where there is none"
     if src.maps:
@@ -107,7 +107,7 @@ def read_scene(src, i, n_classes, channels=3):
                             "classes: correct it, or say how many there are")
     return image, labels
 
-# %% ../nbs/19_scenes.ipynb #669a8409
+# %% ../nbs/19_scenes.ipynb #307c5fc2
 LONGEST = 4  # times the short side
 SHARE = .75  # that one class may take of a crop
 Zoom = Annotated[tuple[Annotated[float, Gt(0)], Annotated[float, Gt(0)]],
@@ -125,7 +125,7 @@ class Distort(v2.RandomPhotometricDistort):
 
 DISTORT = Distort((1 - 32/255, 1 + 32/255), (.5, 1.5), (.5, 1.5), (-18/180, 18/180))
 
-# %% ../nbs/19_scenes.ipynb #86b5ab7a
+# %% ../nbs/19_scenes.ipynb #7574a3c8
 def uniform(low, high):
     "Draw a number from torch's own generator, as transforms do"
     return low + (high - low)*torch.rand(()).item()
@@ -153,7 +153,7 @@ def random_scene(image, labels, size, zoom, stats): # PIL images
     return (F.pad(normalize(DISTORT(image)[None].float(), stats)[0], lack),
             F.pad(labels, lack, value=VOID))
 
-# %% ../nbs/19_scenes.ipynb #07f57e50
+# %% ../nbs/19_scenes.ipynb #1c38f3fb
 def collate(items):
     "Make a batch; where an image cannot be read, hand on the error"
     return next((x for x in items if isinstance(x, SemmaeError)), None) or default_collate(items)
@@ -189,7 +189,7 @@ class Scenes(Shuffled):
                 raise batch
             yield [x.to(device, non_blocking=True) for x in batch]
 
-# %% ../nbs/19_scenes.ipynb #a29b0dcc
+# %% ../nbs/19_scenes.ipynb #bdec0548
 def rise_and_fall(step, steps, warmup, peak):
     "Return the rate of a step: up from a millionth, down to nothing, both along lines"
     warmup = round(warmup)
@@ -197,7 +197,7 @@ def rise_and_fall(step, steps, warmup, peak):
         return peak*(1e-6 + (1 - 1e-6)*step/max(1, warmup - 1))
     return peak*(steps - 1 - step)/max(1, steps - 1 - warmup)
 
-# %% ../nbs/19_scenes.ipynb #0e7c1608
+# %% ../nbs/19_scenes.ipynb #1fda1d7b
 def learn_scenes(encoder, src, ids, n_classes, # a Source, and which of its images
                  size: Size = (512, 512),      # of crops
                  steps: Count = 160_000, batch: Count = 16, lr: Amount = 1.6e-3, # per 256 images
@@ -230,7 +230,7 @@ def learn_scenes(encoder, src, ids, n_classes, # a Source, and which of its imag
     return model, run_epochs(learn, model, data, lr, warmup_steps/data.per_epoch, state, log=log,
                              schedule=rise_and_fall)
 
-# %% ../nbs/19_scenes.ipynb #e9939673
+# %% ../nbs/19_scenes.ipynb #24dd11a9
 def starts(length, side, stride):
     "Say where windows begin along one axis"
     return [min(k*stride, max(0, length - side)) for k in range(-(-max(0, length - side)//stride) + 1)]
@@ -272,7 +272,7 @@ def cells_of(model, images, size): # (N,C,H,W) bytes; rows and columns
         maps.append(F.interpolate(answer.float(), tuple(size), mode='bilinear').argmax(1))
     return torch.cat(maps)
 
-# %% ../nbs/19_scenes.ipynb #c5cfc9a5
+# %% ../nbs/19_scenes.ipynb #6b478cf7
 def scores_of(met): # (n,n): pixels by true and predicted class
     "Return mean IoU, mean accuracy, the share of pixels that are right, and the IoU of every class"
     iou, met = iou_of(met), met.double()
