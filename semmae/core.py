@@ -117,7 +117,7 @@ def may_fork():
     return sys.platform == 'linux' and not current_process().daemon
 
 def open_pool(most, prepare=lambda: None, *args): # what every worker does first
-    "Start workers, one a core: processes where they can be forked, with all that their parent holds, else threads"
+    "Start workers, one a core: processes with all that their parent holds, or threads where none can fork"
     alone = may_fork()
     Pool = partial(ProcessPoolExecutor, mp_context=get_context('fork')) if alone else ThreadPoolExecutor
     return Pool(min(most, own_cores()), initializer=begin_worker, initargs=(alone, prepare, *args))

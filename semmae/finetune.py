@@ -74,7 +74,8 @@ class Augment:
 
     def __call__(self, imgs, u): # (B,3,H,W) of 0 to 255; uniform numbers (B,)
         "Return the images changed"
-        check(imgs.shape[1] == 3, "`finetune.augment` changes colours and the images have none: set it to null")
+        check(imgs.shape[1] == 3,
+              "`finetune.augment` changes colours and the images have none: set it to null")
         images, seeds = imgs.round().byte().movedim(1, 3).cpu().numpy(), (u.cpu()*2**32).long().tolist()
         some = [slice(k, k + 8) for k in range(0, len(images), 8)]
         done = self.pool.map(change_some, [images[s] for s in some], [seeds[s] for s in some])
@@ -170,8 +171,8 @@ def finetune(encoder, images, classes, # (N,C,H,W) uint8 or a Stream, on the dev
     data = Labelled(images, classes, n_classes, model, epochs, batch, crop_scale, seed, 'finetune', augment)
     opt = create_optimizer_v2(ready(model, data), 'adamw', weight_decay=weight_decay, layer_decay=layer_decay)
     mix = mixing(n_classes, mixup, cutmix, smoothing, erase, seed, images.device)
-    key = (encoder.recipe, epochs, batch, lr, warmup_epochs, weight_decay, layer_decay, drop_path, mixup, cutmix,
-           smoothing, erase, crop_scale, pool, augment, min_lr, head_std, accumulate, seed)
+    key = (encoder.recipe, epochs, batch, lr, warmup_epochs, weight_decay, layer_decay, drop_path, mixup,
+           cutmix, smoothing, erase, crop_scale, pool, augment, min_lr, head_std, accumulate, seed)
     return learn_head(model, data, opt, F.cross_entropy, mix, lr, warmup_epochs, key, checkpoint, log,
                       accumulate, partial(lr_at, low=min_lr))
 
@@ -180,7 +181,8 @@ class Probed(nn.Module):
     "Hold an encoder that does not learn, and a linear layer on its normalised features"
     def __init__(self, encoder, n_classes, seed=0):
         super().__init__()
-        self.vit = with_head(encoder, n_classes, 'token' if encoder.has_class_token else 'avg', std=.01, seed=seed)
+        pool = 'token' if encoder.has_class_token else 'avg'
+        self.vit = with_head(encoder, n_classes, pool, std=.01, seed=seed)
         self.patch_embed, self.stats = self.vit.patch_embed, self.vit.stats
         self.norm = nn.BatchNorm1d(encoder.embed_dim, affine=False, eps=1e-6)
         self.requires_grad_(False)

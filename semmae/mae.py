@@ -122,7 +122,8 @@ class MAE(nn.Module):
     def predict(self, imgs, ids_keep, ids_mask, share=1.):
         "Paint a share of the hidden patches, whose order is random"
         (B, n), (h, w) = torch.cat([ids_keep, ids_mask], 1).shape, self.grid
-        check(B == len(imgs) and n in (h*w, self.part), f"there are masks for {B} images of {n} patches, and {len(imgs)} "
+        check(B == len(imgs) and n in (h*w, self.part),
+              f"there are masks for {B} images of {n} patches, and {len(imgs)} "
               f"images of {h*w}: make them on the encoder's grid, {h}×{w}")
         some = ids_mask[:, :max(1, round(share*ids_mask.shape[1]))]
         return self.decoder(encode(self.encoder, imgs, ids_keep), ids_keep, some)

@@ -225,7 +225,7 @@ def choose(x, by, share, gen): # a map (B,h,w)
 # %% ../nbs/04_masking.ipynb #4471f688
 def hide_among(hide, ids, x, gen, progress=0.): # a strategy, from `choose`, and its map
     "Hide patches among those that take part: (ids_keep, ids_mask)"
-    check(not hide.places, "it matters for `pretrain.masking` where patches lie, and `pretrain.visible` leaves "
-                           "some out: set that to 1, or choose another masking")
+    check(not hide.places, "it matters for `pretrain.masking` where patches lie, and `pretrain.visible` "
+                           "leaves some out: set that to 1, or choose another masking")
     keep, mask = hide(x.flatten(1).gather(1, ids)[:, None], gen, progress)
     return ids.gather(1, keep), ids.gather(1, mask)

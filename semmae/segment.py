@@ -61,7 +61,8 @@ def segment(encoder, images, parts, n_parts=None, # (N,h,w); None: as many as `p
     data = Labelled(images, parts, n_parts, model, epochs, batch, crop_scale, seed, 'segment')
     opt = create_optimizer_v2(ready(model, data), 'adamw', weight_decay=weight_decay, layer_decay=layer_decay)
     loss = lambda out, maps: map_loss(on_grid(encoder, out[:, encoder.num_prefix_tokens:]), maps)
-    key = (encoder.recipe, epochs, batch, lr, warmup_epochs, weight_decay, layer_decay, drop_path, crop_scale, seed)
+    key = (encoder.recipe, epochs, batch, lr, warmup_epochs, weight_decay, layer_decay, drop_path, crop_scale,
+           seed)
     return learn_head(model, data, opt, loss, lambda imgs, maps, *step: (imgs, maps), lr, warmup_epochs, key,
                       checkpoint, log)
 
@@ -77,7 +78,8 @@ def known_patches(encoder, train, n_parts, seed, tokens): # an ImageSet with par
     def share_of(parts):
         each = torch.where(parts == VOID, n_parts, parts.long())
         each = F.one_hot(each, n_parts + 1)[..., :n_parts].movedim(3, 1).float()
-        return F.interpolate(each, tuple(encoder.patch_embed.grid_size), mode='area').movedim(1, 3).flatten(0, 2)
+        each = F.interpolate(each, tuple(encoder.patch_embed.grid_size), mode='area')
+        return each.movedim(1, 3).flatten(0, 2)
     held = torch.cat([share_of(some) for some in train.parts[ids].split(50)])
     return patches_of(encoder, train.images[ids]).flatten(0, 1), held
 

@@ -124,7 +124,8 @@ def make_smoke(path):
             shutil.copy(ROOT/f, path/f)
     params = path/'params.yaml'
     params.write_text(params.read_text().replace('profile: tiny', 'profile: smoke', 1)
-                      .replace('  random: data\n', '', 1).replace('  semmae_400: data\n  mae_400: data\n', '', 1)
+                      .replace('  random: data\n', '', 1)
+                      .replace('  semmae_400: data\n  mae_400: data\n', '', 1)
                       .replace('tuned: [semmae_400, mae_400, untrained]', 'tuned: [semmae]', 1))
     sh(path, 'git init -q && git add -A && git commit -qm start && dvc pull -q data')
     (path/'.git/repro.log').write_text(sh(path, 'dvc repro').stdout)

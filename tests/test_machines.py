@@ -36,7 +36,8 @@ def machines(tmp_path):
         except (OSError, subprocess.CalledProcessError):
             pytest.skip('networks can be made by root alone')
         hosts = tmp_path/'hosts'
-        hosts.write_text('\n'.join(['127.0.0.1 localhost', *(f'{ip} {name}' for name, ip in MACHINES.items())]))
+        names = [f'{address} {name}' for name, address in MACHINES.items()]
+        hosts.write_text('\n'.join(['127.0.0.1 localhost', *names]))
         yield hosts
 
 
@@ -45,8 +46,11 @@ def folder(tmp_path):
     "A project on a disk that both see, with what a training looks at"
     path = tmp_path/'project'
     make_photos(path/'data')
-    params = (ROOT/'params.yaml').read_text().replace('limit: 280', 'limit: 30').replace('batch: 64', 'batch: 16')
-    (path/'params.yaml').write_text(params.replace('labels: [0.2]', 'labels: [0.5]'))
+    params = (ROOT/'params.yaml').read_text()
+    smaller = {'limit: 280': 'limit: 30', 'batch: 64': 'batch: 16', 'labels: [0.2]': 'labels: [0.5]'}
+    for old, new in smaller.items():
+        params = params.replace(old, new)
+    (path/'params.yaml').write_text(params)
     for stage in teacher_stage, parts_stage:
         stage(path, 'smoke')
     return path
@@ -56,8 +60,8 @@ def start(folder, hosts, name):
     "Run the command of the chapter on one of the machines"
     on = f'hostname {name} && mount --bind {hosts} /etc/hosts && exec "$@"'
     command = ['ip', 'netns', 'exec', name, 'unshare', '--uts', '--mount', 'sh', '-c', on, '-',
-               'python', '-m', 'semmae.pipeline.machines', 'train', 'smoke', '--nnodes=2', '--nproc-per-node=1',
-               '--rdzv-backend=c10d', '--rdzv-endpoint=sma:29400']
+               'python', '-m', 'semmae.pipeline.machines', 'train', 'smoke', '--nnodes=2',
+               '--nproc-per-node=1', '--rdzv-backend=c10d', '--rdzv-endpoint=sma:29400']
     with open(folder/name, 'w') as log:
         return subprocess.Popen(command, cwd=folder, env=environment(ROOT), stdout=log, stderr=log,
                                 start_new_session=True)

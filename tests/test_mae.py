@@ -128,7 +128,8 @@ def test_masks_that_do_not_fit():
 @pytest.mark.parametrize('kind', ['self', 'cross'])
 def test_patches_that_take_no_part_change_nothing(kind):
     mae = MAE(make_encoder(**SIZES), kind=kind, width=32, depth=2, heads=2)
-    grid, imgs = torch.zeros(3, 4, 4), torch.randn(3, 3, 32, 32, generator=generator('imgs'), requires_grad=True)
+    grid = torch.zeros(3, 4, 4)
+    imgs = torch.randn(3, 3, 32, 32, generator=generator('imgs'), requires_grad=True)
     some = choose(grid, 'random', .5, generator('choice'))
     masks = hide_among(find_strategy('random', .5), some, grid, generator('masks'))
     with pytest.raises(SemmaeError):

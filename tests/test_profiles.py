@@ -14,28 +14,31 @@ PROFILES = read_yaml(ROOT/'params.yaml')['profiles']
 ENCODER = dict(patch_size=8, embed_dim=32, depth=2, num_heads=2, image=[32, 32])
 SHORT = dict(epochs=1, batch=8, warmup_epochs=0)
 # profile -> the imitations that it runs on
-SETS = dict(imagenet=['imagenet', 'shards'], imagenet_p8=['imagenet'], ade20k=['ade20k'], cub=['cub'], cars=['cars'],
-            aircraft=['aircraft'], flowers=['flowers'], pets=['pets'], inat2017=['inat2017'], inat2018=['inat2018'],
-            inat2019=['inat2019'])
+OTHERS = 'ade20k', 'cub', 'cars', 'aircraft', 'flowers', 'pets', 'inat2017', 'inat2018', 'inat2019'
+SETS = dict(imagenet=['imagenet', 'shards'], imagenet_p8=['imagenet']) | {k: [k] for k in OTHERS}
 
 
 def shrunk(cfg, source):
     "A profile with everything that it says, but for sizes and numbers of steps"
-    small = dict(cfg, processes=1, encoder=ENCODER | dict(patch_size=4 if 'patch8' in cfg['encoder']['name'] else 8),
-                 decoder=dict(width=16, depth=1, heads=2), data=cfg['data'] | dict(source=str(source), size=[36, 36]))
+    patch = 4 if 'patch8' in cfg['encoder']['name'] else 8
+    small = cfg | dict(processes=1, encoder=ENCODER | dict(patch_size=patch),
+                       decoder=dict(width=16, depth=1, heads=2),
+                       data=cfg['data'] | dict(source=str(source), size=[36, 36]))
     if cfg['teacher']:
         small['teacher'] = SHORT | dict(encoder=ENCODER, image=[32, 32], n_words=8, n_small=1)
     small['pretrain'] = cfg['pretrain'] | (SHORT if cfg['pretrain'].get('epochs') != 0 else {})
     small['probe'] = {k: SHORT | v for k, v in cfg['probe'].items() if k == 'lars'}
     small['finetune'], small['segment'] = cfg['finetune'] | SHORT, cfg['segment'] | SHORT
     if scenes := cfg['segment'].get('scenes'):
-        small['segment']['scenes'] = scenes | dict(size=[32, 32], steps=2, batch=2, warmup_steps=1, channels=8)
+        small['segment']['scenes'] = scenes | dict(size=[32, 32], steps=2, batch=2, warmup_steps=1,
+                                                   channels=8)
     return small
 
 
 def write_params(root, cfg):
-    write_json(root/'params.yaml', dict(profile='p', profiles=dict(p=cfg), trainings=dict(semmae='runs/parts'),
-                                        tuned=['semmae'], ablations=dict(semmae={})))
+    write_json(root/'params.yaml', dict(
+        profile='p', profiles=dict(p=cfg), trainings=dict(semmae='runs/parts'), tuned=['semmae'],
+        ablations=dict(semmae={})))
 
 
 @pytest.mark.parametrize('profile, name', [(k, name) for k, names in SETS.items() for name in names])
@@ -57,7 +60,8 @@ def test_a_profile_runs(tmp_path, profile, name):
 
 
 def test_every_profile_is_run_somewhere():
-    assert PROFILES.keys() - SETS.keys() == {'smoke', 'tiny', 'demo', 'demo_teacher', 'cifar10', 'cifar10_small'}
+    assert PROFILES.keys() - SETS.keys() == {'smoke', 'tiny', 'demo', 'demo_teacher', 'cifar10',
+                                             'cifar10_small'}
 
 
 def test_images_without_labels_run(tmp_path):

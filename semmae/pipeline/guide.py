@@ -6,6 +6,7 @@
 __all__ = ['looks_at', 'needs', 'attention_maps', 'make_guide', 'guides']
 
 # %% ../../nbs/pipeline/glue/07_guide.ipynb #7cc1e003
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,7 +42,8 @@ def needs(cfg, base): # the profile with an entry's changes, and without
 # %% ../../nbs/pipeline/glue/07_guide.ipynb #1ebe07f3
 def attention_maps(encoder, images, state):
     "Return how much a teacher attends to each cell, (N,h,w)"
-    average = lambda some: torch.cat([seen.attention.mean(1) for seen, in batched_outputs(encoder, some, [None])])
+    look = partial(batched_outputs, encoder, blocks=[None])
+    average = lambda some: torch.cat([seen.attention.mean(1) for seen, in look(some)])
     folder = shards_folder(state, run_key('pipeline.guide', images, encoder=encoder_key(encoder)))
     return in_shards(average, images, folder, 'attention')
 

@@ -13,14 +13,15 @@ from ..core import SemmaeError, check
 from .processes import run_agent
 
 # %% ../../nbs/pipeline/glue/21_machines.ipynb #2d4311e4
-STAGES = dict(teacher='teacher', parts='parts', train='train', finetune='tune', segment='tune') # -> their modules
+# -> their modules
+STAGES = dict(teacher='teacher', parts='parts', train='train', finetune='tune', segment='tune')
 
 def parse(words):
     "Return a stage's function, its arguments, and the options of torchrun, from the words of a command"
     options, named = [w for w in words if w.startswith('--')], [w for w in words if not w.startswith('--')]
     check(2 <= len(named) <= 3 and named[0] in STAGES,
-          f"{' '.join(named) or 'nothing'!r} names no stage and profile: write one of {', '.join(STAGES)}, a profile, "
-          "perhaps an entry, and torchrun's options with `=`")
+          f"{' '.join(named) or 'nothing'!r} names no stage and profile: write one of {', '.join(STAGES)}, "
+          "a profile, perhaps an entry, and torchrun's options with `=`")
     module = import_module(f'semmae.pipeline.{STAGES[named[0]]}')
     return getattr(module, f'{named[0]}_stage'), ['.', *named[1:]], options
 

@@ -52,7 +52,8 @@ def in_shards(label, images, folder, name, log=print): # from images to their ma
             np.save(tmp, label(some_of(images, parts[k])).cpu().numpy())
         if rank == 0 and len(missing) > 1:
             left = (time.time() - start)*(len(missing[::ranks])/done - 1)
-            log(f'{name}: {len(files) - len(missing) + done*ranks} of {len(files)} shards, {clock(left)} left')
+            ready = min(len(files), len(files) - len(missing) + done*ranks)
+            log(f'{name}: {ready} of {len(files)} shards, {clock(left)} left')
     wait_for_others()
     return torch.cat([torch.from_numpy(np.load(file)) for file in files])
 

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['Seed', 'STRICT', 'WORDS', 'WARM', 'RULES', 'KEYS', 'model_of', 'teacher_model', 'parts_model', 'decoder_model',
-           'masking_model', 'word_at', 'profile_model', 'model_with', 'model_in', 'fields_at', 'place_of', 'sentence',
-           'wrong_types', 'check_types', 'grid_of', 'check_encoder', 'check_decoder', 'check_masking',
-           'check_optimizer', 'check_teacher', 'check_teacher_name', 'check_teacher_weights', 'check_guide',
-           'check_start', 'check_batch', 'check_pairs', 'check_augment', 'check_compiling', 'check_warm_up', 'refusals',
-           'without', 'find_mistakes', 'check_profile', 'check_entry', 'waits', 'check_training', 'check_keys',
-           'check_tuned', 'check_params']
+           'masking_model', 'scenes_model', 'word_at', 'profile_model', 'model_with', 'model_in', 'fields_at',
+           'place_of', 'sentence', 'wrong_types', 'check_types', 'grid_of', 'check_encoder', 'check_decoder',
+           'check_masking', 'check_optimizer', 'check_teacher', 'check_teacher_name', 'check_teacher_weights',
+           'check_guide', 'check_start', 'check_batch', 'check_pairs', 'check_augment', 'check_compiling',
+           'check_warm_up', 'refusals', 'without', 'find_mistakes', 'check_profile', 'check_entry', 'waits',
+           'check_training', 'check_keys', 'check_tuned', 'check_params']
 
 # %% ../../nbs/pipeline/glue/08_settings.ipynb #7cd1e003
 import copy, json
@@ -78,6 +78,10 @@ def masking_model(name):
     return model_of(find_strategy, *own, name=(Literal[tuple(STRATEGIES)], ...))
 
 # %% ../../nbs/pipeline/glue/08_settings.ipynb #441b5403
+def scenes_model():
+    "Make a model of `segment.scenes`"
+    return model_of(learn_scenes, n_classes=(Parts | None, None))
+
 def word_at(cfg, *path):
     "Return the word at a place in blocks of whatever kind; None where there is none"
     for key in path:
@@ -104,8 +108,7 @@ def model_with(trained, source, kind, masking):
         pretrain=(model_of(pretrain, masking=(masking_model(masking), ...), start=(str | None, None)), ...),
         probe=(model_of(score, lars=(model_of(probe, frame=(Share, 1.)) | None, None)), ...),
         finetune=(model_of(finetune, labels=(Annotated[list[Share], Len(1)], ...), frame=(Share, 1.)), ...),
-        segment=(model_of(segment, labels=(Share, ...), scenes=(model_of(learn_scenes, n_classes=(Parts | None, None))
-                                                                | None, None)), ...))
+        segment=(model_of(segment, labels=(Share, ...), scenes=(scenes_model() | None, None)), ...))
 
 # %% ../../nbs/pipeline/glue/08_settings.ipynb #7cd1e010
 WORDS = {'int_type': 'is not a whole number', 'int_from_float': 'is not a whole number',
@@ -368,7 +371,8 @@ def waits(made, cfg, changes, given, trainings):
     if needed != 'data':
         return given == needed or by_way and (needed, given) == ('runs/teacher', 'runs/parts')
     own = changes.get('pretrain', {})
-    alone = looks_at(made) == (None, None) and ('masking' in own or own.get('epochs') == 0)  # in every profile
+    # in every profile
+    alone = looks_at(made) == (None, None) and ('masking' in own or own.get('epochs') == 0)
     others = () if alone else ('runs/parts', 'runs/teacher', *(f'runs/train/{k}' for k in trainings))
     return given in ('data', *others)
 

@@ -28,8 +28,8 @@ def begin(cfg, root):
     options, decoder = dict(cfg['pretrain']), cfg['decoder']
     start = options.pop('start', None)
     fresh, path = fresh_encoder(cfg), find_path('pretrain.start', start or '.', root)
-    check(path.exists(), f"`pretrain.start` is {start!r}, which is not there: run `dvc pull data`, keep a training "
-          "there with `python -m semmae.pipeline.ship`, or name a file of an encoder's weights")
+    check(path.exists(), f"`pretrain.start` is {start!r}, which is not there: run `dvc pull data`, keep a "
+          "training there with `python -m semmae.pipeline.ship`, or name a file of an encoder's weights")
     if start and (path/'encoder.safetensors').is_file():
         load_like(path/'encoder.safetensors', fresh)
         return load_mae(path, **decoder), options
@@ -47,7 +47,9 @@ def fits(cfg, root):
     except SemmaeError:
         return False
 
-def guide_of(cfg, base, train, root, entry, kind): # with the entry's changes, and without; an ImageSet; parts or scores
+def guide_of(cfg, base, # with the entry's changes, and without
+             train,     # an ImageSet
+             root, entry, kind): # parts or scores
     "Return what a training looks at, (N,h,w)"
     if kind == 'parts' and needs(cfg, base) == 'runs/parts':
         return read_maps(f'{root}/runs/parts', 'train', train.images).to(train.images.device)

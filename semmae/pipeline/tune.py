@@ -7,6 +7,7 @@ __all__ = ['trained', 'budget', 'tune', 'tune_share', 'finetune_stage', 'lars_st
            'segment_stage']
 
 # %% ../../nbs/pipeline/glue/13_tune.ipynb #7d11e003
+import math
 from functools import partial
 from pathlib import Path
 
@@ -91,7 +92,8 @@ def lars_stage(root, profile=None):
     train, test = (d.to(device) for d in load_data(cfg, root, ['train', 'test']))
     for entry in read_yaml(f'{root}/params.yaml')['trainings']:
         if found := trained(root, profile, entry):
-            model, _ = probe(found[0], train.images, train.targets['class'], len(train.classes['class']), **options,
+            classes, names = train.targets['class'], train.classes['class']
+            model, _ = probe(found[0], train.images, classes, len(names), **options,
                              seed=cfg['seed'], checkpoint=runs/f'unfinished/probe.{entry}')
             scores[entry] = accuracy(classified(model, test.images, frame), test.targets['class'])
     if world()[0] == 0:
@@ -107,17 +109,22 @@ def iou_scores(pred, true, n_parts, rounds=1000): # (N,h,w) both
     low, high = means.quantile(torch.tensor([.025, .975]).double()).tolist()
     return dict(iou=iou_of(met.sum(0)).nanmean().item(), low=low, high=high)
 
-def learn_whole(cfg, root, encoder, ids, images, size, n_parts, state): # of train; of test, and cells of their maps
+def learn_whole(cfg, root, encoder, ids, # of train
+                images, size, n_parts,   # of test; rows and columns of their maps
+                state):
     "Learn scenes with UPerNet: the maps of test images, and scores on whole scenes"
-    options, data = dict(cfg['segment']['scenes']), cfg['data']
+    options, data = dict(cfg['segment']['scenes']), defaults_of(load_images) | cfg['data']
     n = options.pop('n_classes', None) or n_parts
-    src = open_source(data['source'], root, defaults_of(load_images)['held'] if 'held' not in data else data['held'])
-    train, test = (ids_of(src, split, data.get('limit')) for split in ('train', 'test'))
-    model, _ = learn_scenes(encoder, src, [train[i] for i in ids.tolist()], n, **options, device=images.device,
-                            seed=cfg['seed'], checkpoint=state)
+    src = open_source(data['source'], root, data['held'])
+    train, test = (ids_of(src, split, data['limit']) for split in ('train', 'test'))
+    model, _ = learn_scenes(encoder, src, [train[i] for i in ids.tolist()], n, **options,
+                            device=images.device, seed=cfg['seed'], checkpoint=state)
     if world()[0] > 0:
         return {}, {}
-    return dict(tuned=cells_of(model, images, size)), dict(whole=scene_scores(model, src, test, n))
+    scores = scene_scores(model, src, test, n)
+    # of a class that neither holds
+    scores['iou'] = [None if math.isnan(iou) else iou for iou in scores['iou']]
+    return dict(tuned=cells_of(model, images, size)), dict(whole=scores)
 
 def segment_stage(root, profile=None, entry='semmae'):
     "Learn true parts with the encoder of a training, frozen and fine-tuned, results in runs/segment/ENTRY"
@@ -137,7 +144,8 @@ def segment_stage(root, profile=None, entry='semmae'):
         maps, whole = learn_whole(cfg, root, encoder, ids, test.images, size, n_parts, state)
     else:
         options = budget(segment, cfg['segment'], round(len(train)/len(some)))
-        model, _ = segment(encoder, some.images, some.parts, n_parts, **options, seed=cfg['seed'], checkpoint=state)
+        model, _ = segment(encoder, some.images, some.parts, n_parts, **options, seed=cfg['seed'],
+                           checkpoint=state)
         maps = dict(tuned=segmented(model, test.images, size))
     if world()[0] > 0:
         return
