@@ -225,3 +225,10 @@ def test_the_rate_comes_down_to_what_is_said(encoder, images):
     _, history = finetune(encoder, images, torch.arange(24) % 2, epochs=50, batch=24, lr=.01, warmup_epochs=1,
                           min_lr=1e-4, log=silent)
     assert history[-1]['lr'] == pytest.approx(1e-4, rel=.05)
+
+
+def test_no_bits_are_black():
+    "At its largest magnitude one of timm's changes keeps none, about which Pillow and timm disagree"
+    imgs = random_images(200, 16, 16).clamp(min=1)
+    changed = Augment('rand-m10-inc1', IMAGENET, (16, 16))(imgs, torch.arange(200)/2**32)
+    assert (changed == 0).flatten(1).all(1).any()
