@@ -47,7 +47,7 @@ def test_a_profile_runs(tmp_path, profile, name):
     write_params(root, cfg)
     if start := cfg['pretrain'].get('start'):
         save_mae(MAE(small_encoder(), width=16, depth=1, heads=2), root/start)
-    run_everything(root, report=name in ('imagenet', 'ade20k'))
+    run_everything(root, report=profile in ('imagenet_p8', 'ade20k'))
     found = {k: read_json(root/f'runs/metrics/{k}/semmae.json') for k in ('train', 'finetune', 'segment')}
     assert found['train']['images'] > 0 and 'skipped' not in found['train']
     if 'lars' in cfg['probe']:
