@@ -141,4 +141,4 @@ def test_a_profile_may_ask_for_them(planted, tmp_path):
                       tmp_path, n_parts=4, pastes=0, steps=3, share=.3, block=2)
     assert maps['test'].shape == (8, 8, 8)
     with pytest.raises(SemmaeError, match='parts.n_parts'):
-        make_parts(dict(train=ImageSet(images)), 'consistent', encoder, n_parts=65)
+        make_parts(dict(train=ImageSet(images)), 'consistent', encoder, tmp_path, n_parts=65)

@@ -238,21 +238,12 @@ def test_a_head_is_the_one_that_looks_most_against_what_it_looks_at_on_average()
         'head 0 looks at part 2, and most at the class token itself')
 
 
-def test_maps_are_predicted_when_they_are_asked_for():
-    vit, looked, images = placeless_encoder((6, 8), 1), [], ImageSet(PAINTED)
-    vit.blocks[0].register_forward_pre_hook(lambda *args: looked.append(args))
-    maps = make_parts(dict(train=images, test=images), 'k_means', vit, n_parts=4)
-    before = len(looked)
-    next(iter(maps['test']))
-    assert len(looked) == before + 1, 'nothing before, one batch then'
-
-
 def test_a_grid_is_blocks_not_stripes():
     assert (open_parts('grid', n_parts=6, grid=(4, 6)).predict(IMAGES['val'])[0].tolist()
             == [[0, 0, 1, 1, 2, 2]]*2 + [[3, 3, 4, 4, 5, 5]]*2)
 
 
-def test_what_a_source_is_fitted_on_are_some_training_images():
+def test_what_a_source_is_fitted_on_are_some_training_images(tmp_path):
     seen = []
     try:
         @part_source('spy', sees=False)
@@ -261,8 +252,8 @@ def test_what_a_source_is_fitted_on_are_some_training_images():
             return open_parts('grid', n_parts=2, grid=(1, 2))
         for n in (9, FIT + 9):
             images = torch.arange(n, dtype=torch.int32)[:, None, None, None]
-            made = make_parts(dict(train=ImageSet(images), val=ImageSet(-images[:3])), 'spy')
-            assert {k: len(torch.cat(list(m))) for k, m in made.items()} == dict(train=n, val=3)
+            made = make_parts(dict(train=ImageSet(images), val=ImageSet(-images[:3])), 'spy', root=tmp_path)
+            assert {k: len(m) for k, m in made.items()} == dict(train=n, val=3)
     finally:
         SOURCES.pop('spy', None)
     assert seen[0] == list(range(9)) and len(set(seen[1])) == FIT and min(seen[1]) >= 0
