@@ -48,7 +48,7 @@ def with_head(encoder, n_out, # 0: no head
 CHANGE = threading.local() # of a worker: what changes an image
 
 def posterize(keep, img, bits, **kw): # timm's function
-    "Keep some bits of every colour; none is black, which Pillow refuses to paint since version 12"
+    "Keep some bits of every colour; none is black, as it was before Pillow refused to keep none"
     return keep(img, bits, **kw) if bits else Image.new(img.mode, img.size)
 
 def prepare_change(policy, stats, size):

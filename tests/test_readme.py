@@ -68,7 +68,8 @@ def test_command(project, command, tmp_path, monkeypatch):
         command += ' teacher'  # test_profiles.py runs the other stages without labels
     if 'profile=cifar10' in command:
         shrink_cifar10(project)
-        command += ' teacher'  # nothing after it knows of the source
+        # nothing after it knows of the source
+        command += ' -S +trainings.random=data teacher'
     if 'gamma_3' in command:
         command += ' train@gamma_3'
     sh(project, small(command))

@@ -67,8 +67,7 @@ def used(source, options):
 def fitted(source, encoder, images, seed, options, file):
     "Fit a source; where it can be kept, one process does so for all, and for a run that goes on"
     fit = partial(open_parts, source, encoder, some_images(images, seed), seed, **options)
-    load = SOURCES[source].load
-    if not load:
+    if source not in SOURCES or not (load := SOURCES[source].load):
         return fit()
     if world()[0] == 0 and not file.is_file():
         fit().save(file)
