@@ -110,7 +110,8 @@ def begin_worker(alone, prepare, *args):
 
 def own_cores():
     "Count the cores that this process may use, one of several on this machine perhaps"
-    return max(1, os.cpu_count()//int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    return max(1, cores//int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
 
 def may_fork():
     "Say whether this process can fork others"

@@ -124,7 +124,7 @@ Drop = Annotated[float, Ge(0), Lt(1)]  # a share, not all
 def learn_head(model, data, opt,  # from `with_head`; a `Labelled`
                loss, mix,         # (answers, targets) -> a number; (imgs, targets, step, share) -> the same
                lr, warmup_epochs, key=None, checkpoint=None, log=print, # what tells runs apart
-               accumulate=1, schedule=lr_at):
+               accumulate=1, schedule=lr_at, module='finetune'): # whose code it runs
     "Learn a model with a head; return it, and rows of epoch, step, loss, lr"
     learner = Learner(model, opt)
     def share_of(step, k, n):
@@ -137,7 +137,7 @@ def learn_head(model, data, opt,  # from `with_head`; a `Labelled`
         learner.update(rate)
         return share
     if checkpoint:
-        key = run_key(data.stage, data.images, data.targets, model=encoder_key(model), options=key)
+        key = run_key(module, data.images, data.targets, model=encoder_key(model), options=key)
     state = checkpoint and Checkpoint(checkpoint, key, model=model, opt=opt)
     return model, run_epochs(learn, model, data, lr, warmup_epochs, state, log=log, schedule=schedule)
 
@@ -153,6 +153,8 @@ def mixing(n_classes, mixup, cutmix, smoothing, erase, seed, device):
     blend = Mixup(mixup, cutmix, prob=float(mixup + cutmix > 0), label_smoothing=smoothing,
                   num_classes=n_classes)
     def mix(imgs, classes, step, share):
+        check(len(imgs) % 2 == 0, f"a share of `finetune.batch` is {len(imgs)} images, and they are mixed in "
+              "pairs: choose a multiple of twice the processes and turns")
         start = generator(seed, 'mixing', step, share).initial_seed()
         random.seed(start)
         np.random.seed(start % 2**32)
@@ -216,7 +218,7 @@ def probe(encoder, images, classes,   # (N,C,H,W) uint8 or a Stream, on the devi
     "Learn a linear layer on an encoder as MAE does; return both, and rows of epoch, step, loss, lr"
     n_classes = n_classes or int(classes.max()) + 1
     model = Probed(encoder, n_classes, seed)
-    data = Labelled(images, classes, n_classes, model, epochs, batch, crop_scale, seed, 'probe')
+    data = Labelled(images, classes, n_classes, model, epochs, batch, crop_scale, seed, 'probe.lars')
     ready(model, data)
     key = encoder.recipe, epochs, batch, lr, warmup_epochs, crop_scale, accumulate, seed
     return learn_head(model, data, lars(model.vit.head), F.cross_entropy, lambda imgs, y, *step: (imgs, y),

@@ -161,7 +161,7 @@ def collate(items):
 class Scenes(Shuffled):
     "Give every step of learning its (imgs, labels)"
     def __init__(self, src, ids, n_classes, model, zoom, steps, batch, seed):
-        super().__init__(ids, 1, batch, seed, 'scenes')
+        super().__init__(ids, 1, batch, seed, 'segment.scenes')
         self.epochs, self.steps = steps/self.per_epoch, steps
         self.src, self.n_classes, self.zoom = src, n_classes, zoom
         self.size, self.stats = model.encoder.patch_embed.img_size, model.encoder.stats

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from .core import Amount, Count, Scale, Unit, generator
 from .evaluate import fit_linear, nearest, pooled, whiten
 from .finetune import Drop, Labelled, learn_head, outputs, ready, with_head
-from .images import VOID, ImageSet
+from .images import VOID, ImageSet, check_labels
 
 # %% ../nbs/16_segment.ipynb #c9a54626
 def on_grid(encoder, patches): # (B,L,n)
@@ -32,6 +32,8 @@ def segmented(model, images, size):
 
 def confusion(pred, true, n_parts): # (N,h,w) both
     "Count the known cells of every image by their true and their predicted part, (N,n_parts,n_parts)"
+    if not pred.is_cuda:
+        check_labels(pred, n_parts)  # a look would make a GPU wait
     pairs = (n_parts*torch.where(true == VOID, n_parts, true.long()) + pred).flatten(1)
     met = torch.zeros(len(pairs), (n_parts + 1)*n_parts, dtype=torch.long, device=pairs.device)
     return met.scatter_add_(1, pairs, torch.ones_like(pairs)).view(-1, n_parts + 1, n_parts)[:, :n_parts]
@@ -64,7 +66,7 @@ def segment(encoder, images, parts, n_parts=None, # (N,h,w); None: as many as `p
     key = (encoder.recipe, epochs, batch, lr, warmup_epochs, weight_decay, layer_decay, drop_path, crop_scale,
            seed)
     return learn_head(model, data, opt, loss, lambda imgs, maps, *step: (imgs, maps), lr, warmup_epochs, key,
-                      checkpoint, log)
+                      checkpoint, log, module='segment')
 
 # %% ../nbs/16_segment.ipynb #9a3c2752
 def patches_of(encoder, images):

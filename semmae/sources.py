@@ -25,7 +25,7 @@ from annotated_types import Ge, Le
 from PIL import Image, ImageOps
 from timm.data import create_dataset
 
-from .core import Count, Share, Size, check, explained, find_path, generator, open_pool
+from .core import Count, Size, Unit, check, explained, find_path, generator, open_pool
 from .images import VOID, ImageSet
 
 # %% ../nbs/17_sources.ipynb #8ea4fbe2
@@ -50,6 +50,9 @@ def hold_out(names, splits, labels=None, share=.1):
     splits, groups = list(splits), {}
     if 'test' not in splits:
         splits = ['test' if s == 'val' else s for s in splits]
+    if share == 0:
+        check('test' in splits, "there are no images for test, and `data.held` is 0: raise it")
+        return ['test' if s == 'test' else 'train' for s in splits]
     for i, s in enumerate(splits):
         if s == 'train':
             groups.setdefault(labels and labels[i], []).append(i)
@@ -215,7 +218,7 @@ def open_source(source, root='.', held=.1): # a path, from `root` on, or a name;
     src.splits = hold_out(src.keys or src.names, src.splits, src.labels, held)
     found = set(zip(src.labels or (), src.splits))
     for c in sorted({label for label, _ in found}):
-        missing = [s for s in SPLITS if (c, s) not in found]
+        missing = [s for s in SPLITS if (c, s) not in found and (s != 'val' or held)]
         check(not missing, f"class {c!r} has no images in {' and '.join(missing)}: add some, or remove it")
     return src
 
@@ -342,12 +345,12 @@ def some_of(images, ids): # a tensor or a Stream; a tensor
     "Return some of the images, as a stream where they stream"
     return images[ids] if torch.is_tensor(images) else images.only(ids)
 
-def fits_in_memory(size):
+def fits_in_memory(size, processes=1): # of this machine, which all hold as much
     "Say whether so many bytes take less than half of the memory, the GPU's and a container's included"
     room, limit = os.sysconf('SC_PHYS_PAGES')*os.sysconf('SC_PAGE_SIZE'), Path('/sys/fs/cgroup/memory.max')
     if limit.is_file() and limit.read_text().strip().isdigit():
         room = min(room, int(limit.read_text()))
-    room //= int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    room //= processes
     if torch.cuda.is_available():
         room = min(room, torch.cuda.mem_get_info()[1])
     return size < room/2
@@ -374,6 +377,8 @@ def read_targets(src, ids):
 def ids_of(src, split, limit=None):
     "Return which images of a source are of a split: of more than `limit` a sample that is always the same"
     ids = [i for i, s in enumerate(src.splits) if s == split]
+    if split == 'val' and not ids:  # none was held out
+        ids = [i for i, s in enumerate(src.splits) if s == 'train'][::10]
     check(ids, f"the source has no images for {split}: add some")
     if limit:
         ids = [ids[k] for k in torch.randperm(len(ids), generator=generator('limit'))[:limit].sort().values]
@@ -392,17 +397,17 @@ def read_parts(src, ids, size):
 Channels = Annotated[int, Ge(1), Le(1)] | Annotated[int, Ge(3), Le(3)]  # a Literal would take true for 1
 
 def load_images(source: str,        # an image folder, a tar of one, or a dataset's name
-                splits=SPLITS, root='.', *,
+                splits=SPLITS, root='.', processes=1, *, # that hold them on this machine
                 size: Size,
                 channels: Channels = 3,
-                held: Share = .1,            # of train, for each split that the source does not have
+                held: Unit = .1,             # of train, for each split that the source does not have
                 limit: Count | None = None,  # take this many images of a split
                 stream: bool | None = None): # decode when asked for; None: when the images do not fit
     "Load the splits of a source, decoded or as streams"
     src = open_source(source, root, held)
     each = [ids_of(src, split, limit) for split in splits]
     if stream is None:
-        stream = not fits_in_memory(sum(map(len, each))*channels*math.prod(size))
+        stream = not fits_in_memory(sum(map(len, each))*channels*math.prod(size), processes)
     out = []
     for ids in each:
         images = Stream(src, ids, size, channels)

@@ -232,3 +232,22 @@ def test_no_bits_are_black():
     imgs = random_images(200, 16, 16).clamp(min=1)
     changed = Augment('rand-m10-inc1', IMAGENET, (16, 16))(imgs, torch.arange(200)/2**32)
     assert (changed == 0).flatten(1).all(1).any()
+
+
+def test_what_is_asked_for_reaches_the_images_and_the_head(encoder, images):
+    y, model = torch.arange(24) % 3, with_head(encoder, 3)
+    at = lambda **kw: Labelled(images, y, 3, model, 1, 24, (1., 1.), 0, 'finetune', **kw).at(0)[0]
+    assert not torch.equal(at(), at(augment='rand-m9-mstd0.5-inc1'))
+    learned, _ = finetune(encoder, images, y, epochs=1, batch=24, lr=0, warmup_epochs=0, head_std=.5,
+                          log=silent)
+    assert learned.head.weight.std().item() == pytest.approx(.5, rel=.3)
+    inner = torch.cat(list(outputs(learned, images[:, :, 8:24, 8:24])))
+    assert torch.allclose(torch.cat(list(outputs(learned, images, frame=.5))), inner, atol=1e-5)
+    blotted = mixing(3, 0, 0, 0, 1., 0, torch.device('cpu'))(torch.zeros(24, 3, 32, 32), y, 0, 0)[0]
+    assert len(blotted.unique()) > 1000, 'every pixel of a blot has a value of its own'
+
+
+def test_shares_that_cannot_be_mixed_are_named(encoder, images):
+    with pytest.raises(SemmaeError, match='finetune.batch'):
+        finetune(encoder, images, torch.arange(24) % 3, epochs=1, batch=12, warmup_epochs=0, accumulate=4,
+                 log=silent)

@@ -69,9 +69,20 @@ def test_images_without_labels_run(tmp_path):
     for i, img in enumerate(random_images(40, 40, 48)):
         Image.fromarray(img.permute(1, 2, 0).numpy()).save(tmp_path/f'photos/{i}.jpg')
     cfg = shrunk(PROFILES['imagenet'], 'photos')
+    del cfg['data']['held']  # there are no images for test
     write_params(tmp_path, cfg)
     run_everything(tmp_path)
     for stage in 'finetune', 'segment':
         assert read_json(tmp_path/f'runs/metrics/{stage}/semmae.json') == {}
     assert 'semmae' not in read_json(tmp_path/'runs/metrics/probe.json')
     assert (tmp_path/'runs/report/index.html').stat().st_size
+
+
+def test_profiles_say_what_was_published():
+    "MAE's fine-tuning beside the defaults of `finetune`, on all images that are not test"
+    for profile in 'imagenet', 'imagenet_p8', 'inat2017', 'inat2018', 'inat2019':
+        assert PROFILES[profile]['finetune'] == dict(labels=[1.], augment='rand-m9-mstd0.5-inc1', min_lr=1e-6,
+                                                     head_std=2e-5, frame=.875)
+    for profile in SETS:
+        assert PROFILES[profile]['data']['held'] == 0
+    assert PROFILES['imagenet']['pretrain']['batch'] == 4096

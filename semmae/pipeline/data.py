@@ -51,4 +51,5 @@ def load_data(cfg, root, splits=SPLITS):
     "Load splits of the images that a profile names, decoded or as streams"
     check(cfg['data']['source'] != 'data' or (Path(root)/'data').exists(),
           "the demo images are not here: run `dvc pull data`")
-    return load_images(**cfg['data'], splits=splits, root=root)
+    # a stage of one process streams what one of several streams, so that their part maps are the same
+    return load_images(**cfg['data'], splits=splits, root=root, processes=cfg.get('processes', 1))

@@ -13,8 +13,8 @@ from ..core import SemmaeError, check
 from .processes import run_agent
 
 # %% ../../nbs/pipeline/glue/21_machines.ipynb #2d4311e4
-# -> their modules
-STAGES = dict(teacher='teacher', parts='parts', train='train', finetune='tune', segment='tune')
+# -> their modules; lars is MAE's linear probe, of the stage probe
+STAGES = dict(teacher='teacher', parts='parts', train='train', finetune='tune', segment='tune', lars='tune')
 
 def parse(words):
     "Return a stage's function, its arguments, and the options of torchrun, from the words of a command"

@@ -17,21 +17,22 @@ from torch import distributed as dist
 
 from ..core import SemmaeError, check, die_with_parent
 from .stages import NO_MEMORY, short_of_memory
-from ..train import world
+from ..train import wait_for_others, world
 
 # %% ../../nbs/pipeline/glue/09_processes.ipynb #7b3c98f8
 GONE = ('another process of this run is gone, with its machine perhaps: start the run again on all machines, '
         'it goes on after the last whole epoch')
 LOST = 'closed by peer', 'reset by peer', 'NCCL', 'Broken pipe', 'timed out', 'Timed out' # in words of torch
 
-def complaint(errors, otherwise):
+def complaint(errors, otherwise, several=False): # whether on several machines
     "Find the sentence that a child process ended with in what it wrote to stderr"
     said = [line.split('semmae: ', 1)[1] for line in errors.splitlines() if 'semmae: ' in line]
     if own := [words for words in said if words != GONE]:
         return own[0]
     if short_of_memory(errors):
         return NO_MEMORY
-    return GONE if said else f'{otherwise}: {errors[-2000:]}'
+    gone = said or several and any(words in errors for words in LOST)
+    return GONE if gone else f'{otherwise}: {errors[-2000:]}'
 
 def run_process(stage):
     "Run a stage in a process that was started with its arguments"
@@ -39,6 +40,7 @@ def run_process(stage):
         die_with_parent()
     try:
         stage(*sys.argv[1:])
+        wait_for_others()  # torchrun gives up a process that works on alone for minutes
     except SemmaeError as e:
         sys.exit(f'semmae: {e}')
     except RuntimeError as e:
@@ -68,7 +70,7 @@ def run_agent(stage, args, options): # of torchrun
                 print(line, end='')
         file.seek(0)
         errors = file.read()
-    check(run.returncode == 0, complaint(errors, 'a process died'))
+    check(run.returncode == 0, complaint(errors, 'a process died', '--standalone' not in options))
 
 # %% ../../nbs/pipeline/glue/09_processes.ipynb #8600f280
 LOG = [print]  # in a process that works for another: what passes a line on to it

@@ -7,9 +7,9 @@ __all__ = ['Seed', 'STRICT', 'WORDS', 'WARM', 'RULES', 'KEYS', 'model_of', 'teac
            'masking_model', 'scenes_model', 'word_at', 'profile_model', 'model_with', 'model_in', 'fields_at',
            'place_of', 'sentence', 'wrong_types', 'check_types', 'grid_of', 'check_encoder', 'check_decoder',
            'check_masking', 'check_optimizer', 'check_teacher', 'check_teacher_name', 'check_teacher_weights',
-           'check_guide', 'check_start', 'check_batch', 'check_pairs', 'check_augment', 'check_compiling',
-           'check_warm_up', 'refusals', 'without', 'find_mistakes', 'check_profile', 'check_entry', 'waits',
-           'check_training', 'check_keys', 'check_tuned', 'check_params']
+           'check_guide', 'check_start', 'check_batch', 'check_pairs', 'check_augment', 'check_lars', 'check_scenes',
+           'check_compiling', 'check_warm_up', 'refusals', 'without', 'find_mistakes', 'check_profile', 'check_entry',
+           'waits', 'check_training', 'check_keys', 'check_tuned', 'check_params']
 
 # %% ../../nbs/pipeline/glue/08_settings.ipynb #7cd1e003
 import copy, json
@@ -287,6 +287,25 @@ def check_augment(cfg, root):
                        "write rand-m9-mstd0.5-inc1, or null for none"):
             rand_augment_transform(policy)
 
+def check_lars(cfg, root):
+    "See that MAE's linear probe lasts, and that its batches can be cut"
+    if lars := cfg['probe'].get('lars'):
+        used = defaults_of(probe) | lars
+        check(used['warmup_epochs'] <= used['epochs'],
+              f"`probe.lars.warmup_epochs` is {used['warmup_epochs']} of {used['epochs']} epochs: lower it")
+        shares = cfg['processes']*used['accumulate']
+        check(used['batch'] >= 2*shares,
+              f"`probe.lars.batch` is {used['batch']} and cannot be cut into {shares} shares: raise it")
+
+def check_scenes(cfg, root):
+    "See that learning scenes lasts, and that its batches can be cut"
+    if scenes := cfg['segment'].get('scenes'):
+        used = defaults_of(learn_scenes) | scenes
+        check(used['warmup_steps'] <= used['steps'],
+              f"`segment.scenes.warmup_steps` is {used['warmup_steps']} of {used['steps']} steps: lower it")
+        check(used['batch'] >= cfg['processes'], f"`segment.scenes.batch` is {used['batch']} and cannot be "
+              f"cut into shares of {cfg['processes']} processes: raise it")
+
 def check_compiling(cfg, root):
     "See that a way to compile is known, and works with several processes and turns"
     compile, modes = cfg['pretrain'].get('compile'), torch._inductor.list_mode_options()
@@ -309,7 +328,7 @@ def check_warm_up(block, train, cfg, root):
 WARM = dict(teacher=distil, pretrain=pretrain, finetune=finetune, segment=segment)
 RULES = (check_encoder, check_decoder, check_masking, check_optimizer, check_teacher, check_teacher_name,
          check_teacher_weights, check_guide, check_start, check_batch, check_pairs, check_augment,
-         check_compiling,
+         check_lars, check_scenes, check_compiling,
          *[partial(check_warm_up, block, train) for block, train in WARM.items()])
 
 # %% ../../nbs/pipeline/glue/08_settings.ipynb #3b02678c

@@ -114,14 +114,14 @@ def learn_whole(cfg, root, encoder, ids, # of train
                 state):
     "Learn scenes with UPerNet: the maps of test images, and scores on whole scenes"
     options, data = dict(cfg['segment']['scenes']), defaults_of(load_images) | cfg['data']
-    n = options.pop('n_classes', None) or n_parts
+    options.pop('n_classes', None)
     src = open_source(data['source'], root, data['held'])
     train, test = (ids_of(src, split, data['limit']) for split in ('train', 'test'))
-    model, _ = learn_scenes(encoder, src, [train[i] for i in ids.tolist()], n, **options,
+    model, _ = learn_scenes(encoder, src, [train[i] for i in ids.tolist()], n_parts, **options,
                             device=images.device, seed=cfg['seed'], checkpoint=state)
     if world()[0] > 0:
         return {}, {}
-    scores = scene_scores(model, src, test, n)
+    scores = scene_scores(model, src, test, n_parts)
     # of a class that neither holds
     scores['iou'] = [None if math.isnan(iou) else iou for iou in scores['iou']]
     return dict(tuned=cells_of(model, images, size)), dict(whole=scores)
@@ -136,7 +136,8 @@ def segment_stage(root, profile=None, entry='semmae'):
     if train.parts is None or not found:
         return write_json(metrics, {})
     (encoder, key), size = found, test.parts.shape[1:]
-    n_parts = int(max(d.parts[d.parts != VOID].max() for d in (train, val, test))) + 1
+    known = int(max(d.parts[d.parts != VOID].max() for d in (train, val, test))) + 1
+    n_parts = max(known, (cfg['segment'].get('scenes') or {}).get('n_classes') or 0)
     ids = few_labels(torch.zeros(len(train), dtype=torch.long), cfg['segment']['labels'], cfg['seed'])
     some = ImageSet(some_of(train.images, ids.to(device)), parts=train.parts[ids.to(device)])
     state, whole = Path(root)/f'runs/unfinished/segment-{entry}.pt', {}
