@@ -14,7 +14,7 @@ from semmae import scenes
 from semmae.core import SemmaeError, generator
 from semmae.images import VOID, ImageSet
 from semmae.scenes import (Scenes, UPerNet, label_map, learn_scenes, make_heads, random_piece, random_scene,
-                           scene_map, scene_scores, scores_of, slide, starts)
+                           scaled, scene_map, scene_scores, scores_of, slide, starts)
 from semmae.segment import confusion, linear_head, part_iou, segment, segmented, voted
 from semmae.sources import Source
 from semmae.vit import make_encoder
@@ -296,3 +296,38 @@ def test_cells_that_nobody_knows_count_nowhere():
         assert torch.equal(part_iou(m, hidden, 4), part_iou(m[:, :, known], parts[:, :, known], 4))
     assert part_iou(m, parts, 4).mean() > .5, 'the nearest patches tell colours apart'
     assert model.num_classes == 4 and rows[0]['loss'] < .8*torch.tensor(4.).log()
+
+
+def test_a_long_image_is_no_longer_than_published():
+    "Its short side is 512, and its long one no more than 2,048"
+    sizes = {(640, 480): (683, 512), (300, 400): (512, 683), (6000, 32): (2048, 11)}
+    assert {size: scaled(Image.new('L', size), 512) for size in sizes} == sizes
+
+
+def test_colours_change_and_classes_do_not():
+    image, labels = Image.new('RGB', (32, 32), (200, 100, 50)), Image.new('L', (32, 32), 3)
+    seen = set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        x, y = random_scene(image, labels, (32, 32), (1, 1), [[.5]*3, [.5]*3])
+        assert (y == 3).all() and (x == x[:, :1, :1]).all()
+        seen.add(tuple(x[:, 0, 0].tolist()))
+    assert len(seen) > 10
+
+
+def test_the_auxiliary_head_counts_by_its_weight():
+    src = Source(['a', 'b'], ['train']*2, lambda i: Image.new('RGB', (16, 16), (90*i, 0, 0)), [],
+                 maps=lambda i: Image.new('L', (16, 16), i))
+    encoder = make_encoder(image=(16, 16), patch_size=4, embed_dim=16, depth=4, num_heads=2)
+    options = dict(size=(16, 16), steps=1, batch=2, warmup_steps=0, channels=8, log=lambda line: None)
+    first = lambda weight: learn_scenes(encoder, src, [0, 1], 2, **options, auxiliary=weight)[1][0]['loss']
+    none, some, twice = map(first, (0, .4, .8))
+    assert none < some and twice - some == pytest.approx(some - none, rel=1e-3)
+
+
+def test_windows_overlap_by_half_where_nothing_is_said(monkeypatch):
+    strides = []
+    monkeypatch.setattr(scenes, 'slide', lambda model, x, stride: strides.append(stride) or x[0])
+    vit = make_encoder(image=(32, 32), patch_size=8, embed_dim=16, depth=4, num_heads=2)
+    scene_map(UPerNet(vit, 3, channels=8), Image.new('RGB', (40, 60)))
+    assert strides == [[16, 16]]
