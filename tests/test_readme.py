@@ -71,8 +71,10 @@ def test_command(project, command, tmp_path, monkeypatch):
         # nothing after it knows of the source
         command += ' -S +trainings.random=data teacher'
     if 'gamma_3' in command:
-        command += ' train@gamma_3'
+        command += ' exported'  # which checks the training that is new, and notes its code
     sh(project, small(command))
+    if 'gamma_3' in command:
+        assert (project/'runs/code/train/gamma_3.json').is_file()
     if 'photos' in command:
         assert read_json(project/'runs/metrics/teacher.json')['images'] == 10
     if 'profile=cifar10' in command:
