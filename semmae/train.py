@@ -52,6 +52,7 @@ def random_crops(images, size, scale, box_gen, flip_gen):
     flips = random_flips(len(images), flip_gen)
     return crop(images, boxes, flips, size), boxes, flips
 
+# %% ../nbs/08_train.ipynb #5022feaa
 class Shuffled:
     "Draw which images every step sees, and what else is random in it: functions of (seed, step)"
     def __init__(self, images, epochs, batch, seed, stage): # the block of params.yaml that errors point to
@@ -119,6 +120,7 @@ def of_the_first(find): # a function of nothing
         dist.broadcast_object_list(found)
     return found[0]
 
+# %% ../nbs/08_train.ipynb #21287703
 class Learner:
     "Change a model's weights by its gradients, in one process or in several"
     def __init__(self, model, opt, clip=None, clipped=None): # norm of the gradients; of which module's

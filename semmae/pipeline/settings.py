@@ -7,9 +7,9 @@ __all__ = ['Seed', 'STRICT', 'WORDS', 'WARM', 'RULES', 'KEYS', 'model_of', 'teac
            'masking_model', 'scenes_model', 'word_at', 'profile_model', 'model_with', 'model_in', 'fields_at',
            'place_of', 'sentence', 'wrong_types', 'check_types', 'grid_of', 'check_encoder', 'check_decoder',
            'check_masking', 'check_optimizer', 'check_teacher', 'check_teacher_name', 'check_teacher_weights',
-           'check_guide', 'check_start', 'check_batch', 'check_pairs', 'check_augment', 'check_lars', 'check_scenes',
-           'check_compiling', 'check_warm_up', 'refusals', 'without', 'find_mistakes', 'check_profile', 'check_entry',
-           'waits', 'check_training', 'check_keys', 'check_tuned', 'check_params']
+           'check_guide', 'check_start', 'check_batch', 'check_pairs', 'check_augment', 'check_course', 'check_lars',
+           'check_scenes', 'check_compiling', 'check_warm_up', 'refusals', 'without', 'find_mistakes', 'check_profile',
+           'check_entry', 'waits', 'check_training', 'check_keys', 'check_tuned', 'check_params']
 
 # %% ../../nbs/pipeline/glue/08_settings.ipynb #7cd1e003
 import copy, json
@@ -287,24 +287,22 @@ def check_augment(cfg, root):
                        "write rand-m9-mstd0.5-inc1, or null for none"):
             rand_augment_transform(policy)
 
+def check_course(block, used, unit, shares): # epochs or steps
+    "See that a training lasts longer than its warm-up, and that its batches can be cut"
+    warm, whole, batch = used[f'warmup_{unit}'], used[unit], used['batch']
+    check(warm <= whole, f"`{block}.warmup_{unit}` is {warm} of {whole} {unit}: lower it")
+    check(batch >= shares, f"`{block}.batch` is {batch} and cannot be cut into {shares} parts: raise it")
+
 def check_lars(cfg, root):
-    "See that MAE's linear probe lasts, and that its batches can be cut"
+    "See that MAE's linear probe can be learned; a share is two images at least, for their deviation"
     if lars := cfg['probe'].get('lars'):
         used = defaults_of(probe) | lars
-        check(used['warmup_epochs'] <= used['epochs'],
-              f"`probe.lars.warmup_epochs` is {used['warmup_epochs']} of {used['epochs']} epochs: lower it")
-        shares = cfg['processes']*used['accumulate']
-        check(used['batch'] >= 2*shares,
-              f"`probe.lars.batch` is {used['batch']} and cannot be cut into {shares} shares: raise it")
+        check_course('probe.lars', used, 'epochs', 2*cfg['processes']*used['accumulate'])
 
 def check_scenes(cfg, root):
-    "See that learning scenes lasts, and that its batches can be cut"
+    "See that whole scenes can be learned"
     if scenes := cfg['segment'].get('scenes'):
-        used = defaults_of(learn_scenes) | scenes
-        check(used['warmup_steps'] <= used['steps'],
-              f"`segment.scenes.warmup_steps` is {used['warmup_steps']} of {used['steps']} steps: lower it")
-        check(used['batch'] >= cfg['processes'], f"`segment.scenes.batch` is {used['batch']} and cannot be "
-              f"cut into shares of {cfg['processes']} processes: raise it")
+        check_course('segment.scenes', defaults_of(learn_scenes) | scenes, 'steps', cfg['processes'])
 
 def check_compiling(cfg, root):
     "See that a way to compile is known, and works with several processes and turns"
